@@ -1,0 +1,259 @@
+"""Everything this package uses of ``torch._dynamo``, and nothing else.
+
+All of it is private API. Each use names the versions of torch in which it was seen to work; when torch moves, this
+is the file to mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13.
+from torch._dynamo import current_scope_id
+from torch._dynamo.bytecode_transformation import Instruction
+from torch._dynamo.exc import (
+    ShortenTraceback,
+    TensorifyScalarRestartAnalysis,
+    raise_observed_exception,
+    unimplemented,
+)
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import (
+    ConstantVariable,
+    SliceVariable,
+    TensorVariable,
+    TupleVariable,
+)
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import SourcelessBuilder
+from torch._dynamo.variables.builtin import BuiltinVariable
+from torch._dynamo.variables.iter import IteratorVariable
+from torch._dynamo.variables.tensor import SymNodeVariable
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
+
+__all__ = [
+    "InstructionTranslator",
+    "IteratorVariable",
+    "SymNodeVariable",
+    "TensorVariable",
+    "TensorWithTFOverrideVariable",
+]
+
+
+class RestartFrame(TensorifyScalarRestartAnalysis):  # type: ignore[misc]
+    """Makes Dynamo trace the frame again from its start.
+
+    It derives from the one restart that passes unchanged through the call of a compiler backend. torch 2.11, 2.13.
+    """
+
+
+def error_shown_as_is(error: Exception) -> Exception:
+    """``error`` as a type that Dynamo hands to the user unwrapped (``ShortenTraceback``). torch 2.11, 2.13."""
+    cls = type(type(error).__name__, (type(error), ShortenTraceback), {"__module__": type(error).__module__})
+    return cls(*error.args).with_traceback(error.__traceback__)
+
+
+def compiler_wrapper(compiler_fn: Any) -> Any:
+    """The object that ``torch.compile`` made of ``backend=``, out of Dynamo's debug wrappers. torch 2.11, 2.13."""
+    while hasattr(compiler_fn, "_torchdynamo_orig_backend"):
+        compiler_fn = compiler_fn._torchdynamo_orig_backend
+    return compiler_fn
+
+
+# --- what a frame is made of -----------------------------------------------------------------------------------------
+
+
+def allow_data_dependent_shapes(output: Any) -> None:
+    """Let this frame's graph hold operators such as ``nonzero``. torch 2.11, 2.13.
+
+    The same as ``config.capture_dynamic_output_shape_ops``, for this one compile: the config is left alone.
+    """
+    settings = output.shape_env.settings
+    output.shape_env.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+
+
+def is_for_loop_over(tx: Any, iterator: Any) -> bool:
+    """Whether ``tx`` is right now at the head of ``for ... in iterator``, outside a generator. torch 2.11, 2.13."""
+    generator_flags = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
+    return (
+        tx.current_instruction.opname == "FOR_ITER"
+        and bool(tx.stack)
+        and tx.stack[-1] is iterator
+        and not tx.f_code.co_flags & generator_flags
+    )
+
+
+def is_get_iter(tx: Any) -> bool:
+    """Whether ``tx`` executes the ``iter()`` that a ``for`` statement makes. torch 2.11, 2.13."""
+    return tx.current_instruction.opname == "GET_ITER"
+
+
+def local_variables(tx: Any) -> dict[str, Any]:
+    """The frame's local variables by name. torch 2.11, 2.13."""
+    return dict(tx.symbolic_locals)
+
+
+_NEVER_FALLS_THROUGH = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
+
+
+def is_live(tx: Any, name: str) -> bool:
+    """Whether local variable ``name`` may still be read, unchanged, from the current instruction on.
+
+    Dynamo's own ``livevars_analysis`` calls every variable of a body with a ``continue`` live. Paths that only an
+    exception takes are left out: an exception that the body raises is not traced either. torch 2.11, 2.13.
+    """
+    position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
+    waiting, seen = [position[id(tx.current_instruction)]], set()
+    while waiting:
+        i = waiting.pop()
+        if i in seen or i >= len(tx.instructions):
+            continue
+        seen.add(i)
+        instruction = tx.instructions[i]
+        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+        if name in names and "FAST" in instruction.opname:
+            if "LOAD" in instruction.opname:
+                return True
+            continue  # stored or deleted: what it held does not matter on this path
+        if isinstance(instruction.target, Instruction):
+            waiting.append(position[id(instruction.target)])
+        if not instruction.opname.startswith(_NEVER_FALLS_THROUGH):
+            waiting.append(i + 1)
+    return False
+
+
+def user_location(tx: Any) -> str:
+    """``file:line`` of the instruction that is being traced."""
+    return f"{tx.f_code.co_filename}:{tx.lineno}"
+
+
+def stop_iteration(tx: Any) -> NoReturn:
+    raise_observed_exception(StopIteration, tx)
+
+
+def graph_break(reason: str, explanation: str, hints: list[str]) -> NoReturn:
+    """End the graph here as Dynamo itself does; with ``fullgraph=True`` this is the user's error. torch 2.11, 2.13."""
+    unimplemented(gb_type=reason, context="", explanation=explanation, hints=hints)
+
+
+# --- side effects ----------------------------------------------------------------------------------------------------
+
+
+def enter_scope() -> int:
+    """From now on Dynamo refuses to change Python objects that are older than this call. Returns the scope to leave to.
+
+    This is how Dynamo itself keeps the body of a higher-order operator free of side effects. torch 2.11, 2.13.
+    """
+    scope: int = current_scope_id.current_scope_id()
+    current_scope_id._current_scope_id.value = scope + 1
+    return scope
+
+
+def leave_scope(scope: int) -> None:
+    current_scope_id._current_scope_id.value = scope
+
+
+@contextlib.contextmanager
+def same_scope_after() -> Iterator[None]:
+    """Leave every scope that was entered inside, whatever happens."""
+    scope = current_scope_id.current_scope_id()
+    try:
+        yield
+    finally:
+        leave_scope(scope)
+
+
+# --- graph values ----------------------------------------------------------------------------------------------------
+
+
+def call_in_graph(tx: Any, op: torch._ops.OpOverload, args: list[Any]) -> Any:
+    """Put ``op(*args)`` into the graph; arguments are variables or Python constants. torch 2.11, 2.13."""
+    variables = [arg if isinstance(arg, VariableTracker) else SourcelessBuilder.create(tx, arg) for arg in args]
+    return TorchInGraphFunctionVariable(op).call_function(tx, variables, {})
+
+
+def index(tx: Any, tensor: Any, keys: list[Any]) -> Any:
+    """``tensor[keys]``, traced as the user's own indexing would be. torch 2.11, 2.13."""
+    return tensor.call_method(tx, "__getitem__", [tuple_of(keys)], {})
+
+
+def constant(tx: Any, value: Any) -> Any:
+    return ConstantVariable.create(value)
+
+
+def tuple_of(items: list[Any]) -> Any:
+    return TupleVariable(items)
+
+
+def full_slice() -> Any:
+    return SliceVariable([ConstantVariable.create(None)] * 2)
+
+
+def is_tuple(variable: Any) -> bool:
+    return isinstance(variable, TupleVariable)
+
+
+def function_name(fn: Any) -> str:
+    """The plain name of a function that reached ``__torch_function__``: ``eq`` for ``Tensor.__eq__``, ``operator.eq``,
+    ``torch.eq`` ... Which of them arrives differs between versions. torch 2.11, 2.13.
+    """
+    value = fn.fn if isinstance(fn, BuiltinVariable) else getattr(fn, "value", None)
+    if value is None and fn.is_python_constant():
+        value = fn.as_python_constant()
+    if value is None:
+        value = getattr(fn, "name", None) or getattr(fn, "method_name", "")
+    name = value if isinstance(value, str) else getattr(value, "__name__", str(value))
+    stripped = name.removeprefix("__").removesuffix("__")
+    return name if stripped in ("int", "index") else stripped
+
+
+def unbacked_symbols(output: Any) -> frozenset[Any]:
+    """The symbols of data-dependent sizes that exist by now. torch 2.11, 2.13."""
+    shape_env = output.shape_env
+    return frozenset(symbol for symbol in shape_env.var_to_range if shape_env.is_unbacked_symint(symbol))
+
+
+def assume_not_empty(variable: Any, output: Any, known_before: frozenset[Any]) -> bool:
+    """Tell the shape environment that sizes born since ``known_before`` and asked about here are at least 1.
+
+    Returns whether there was such a size. torch 2.11, 2.13.
+    """
+    expression = getattr(getattr(variable.sym_num, "node", None), "expr", None)
+    shape_env = output.shape_env
+    assumed = False
+    for symbol in getattr(expression, "free_symbols", ()):
+        if shape_env.is_unbacked_symint(symbol) and symbol not in known_before:
+            bounds = shape_env.var_to_range[symbol]
+            if bounds.lower < 1:
+                shape_env.constrain_symbol_range(symbol, 1, bounds.upper)
+            assumed = True
+    return assumed
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def iteration_method() -> str:
+    """The method of ``TensorVariable`` that ``iter(tensor)`` ends in: ``tp_iter_impl`` in 2.13, ``method___iter__`` in 2.11."""
+    return "tp_iter_impl" if hasattr(TensorVariable, "tp_iter_impl") else "method___iter__"
+
+
+def wrap_method(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace ``cls.name`` by ``wrapper(original, self, *args)``; a second call with the same wrapper does nothing."""
+    original = getattr(cls, name)
+    if getattr(original, "_moe_rewrite_wrapper", None) is wrapper:
+        return
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = original.__doc__
+    method._moe_rewrite_wrapper = wrapper  # type: ignore[attr-defined]
+    setattr(cls, name, method)

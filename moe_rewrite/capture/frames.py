@@ -1,0 +1,112 @@
+"""Hooks into Dynamo that act on the frames which this package's backend compiles, and on no other.
+
+A frame is traced with its loops rolled. When a loop turns out not to be rewritable the whole frame is traced again
+as stock Dynamo traces it: the graph then breaks where it always did, and the functions called below get frames of
+their own, so loops beside a refused one are still rewritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from moe_rewrite.capture import dynamo
+from moe_rewrite.capture.rolled import RolledIterator
+from moe_rewrite.recognise.hits import hit_mask
+
+_active = threading.local()
+
+
+@dataclasses.dataclass
+class FrameCapture:
+    """The capture of one frame's loops, while Dynamo traces it.
+
+    Attributes:
+        tx: the translator of the root frame.
+        refusal: why the frame is traced as stock; None while its loops are rolled.
+        loops: the loops whose body is being traced.
+    """
+
+    tx: Any
+    refusal: str | None
+    loops: list[RolledIterator] = dataclasses.field(default_factory=list)
+
+    def refuse(self, reason: str, tx: Any) -> NoReturn:
+        """Trace the frame again with every loop left as stock Dynamo has it."""
+        self.restart_as_stock(f"{reason} ({dynamo.user_location(tx)})")
+
+    def restart_as_stock(self, reason: str) -> NoReturn:
+        log = self.tx.speculation_log  # lives as long as the frame's tracing, restarts included
+        log.clear()
+        log.moe_rewrite_refusal = reason
+        raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {reason}")
+
+
+def current() -> FrameCapture | None:
+    """The frame that this thread is tracing, if it is compiled with this package's backend."""
+    return getattr(_active, "capture", None)
+
+
+def install(is_ours: Callable[[Any], bool], prepare: Callable[[Any], None]) -> None:
+    """Hook into Dynamo, once per process.
+
+    Args:
+        is_ours: whether an object given as ``torch.compile(backend=...)`` is this package's.
+        prepare: called with that object before one of its frames is traced; raises on bad options.
+    """
+
+    def run_frame(original: Callable[..., Any], tx: Any) -> Any:
+        wrapper = dynamo.compiler_wrapper(tx.output.compiler_fn)
+        if not is_ours(wrapper):
+            return original(tx)
+        try:
+            prepare(wrapper)
+        except Exception as error:
+            raise dynamo.error_shown_as_is(error) from None
+        refusal = getattr(tx.speculation_log, "moe_rewrite_refusal", None)
+        if refusal is None:
+            dynamo.allow_data_dependent_shapes(tx.output)
+        outer = current()
+        _active.capture = FrameCapture(tx, refusal)
+        try:
+            with dynamo.same_scope_after():
+                return original(tx)
+        finally:
+            _active.capture = outer
+
+    dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
+    dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
+    dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
+
+
+def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
+    """``iter(tensor)``: roll the loop when the rows are the positions set in a mask of known length."""
+    capture = current()
+    if capture is None or capture.tx.output is not tx.output:
+        return original(hits, tx)
+    mask = hit_mask(hits.as_proxy().node)
+    if mask is None:
+        return original(hits, tx)
+    if capture.refusal is not None:
+        if tx.one_graph:
+            dynamo.graph_break(
+                "Mixture-of-Experts loop not rewritten",
+                f"moe_rewrite leaves this loop as it is: {capture.refusal}",
+                ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
+            )
+        return original(hits, tx)
+    if not dynamo.is_get_iter(tx):
+        capture.refuse("the hits are iterated by something other than a plain `for` statement", tx)
+    return RolledIterator(hits, mask.meta["example_value"].shape[0], capture)
+
+
+def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = None) -> Any:
+    """A size becomes a Python number. In a rolled body, rows are never empty: experts without rows are not visited."""
+    capture = current()
+    if capture is not None and capture.loops and capture.tx.output is output:
+        path = capture.loops[-1].path
+        if path is not None and dynamo.assume_not_empty(variable, output, path.symbols_at_start):
+            path.assumes_rows = True
+    return original(variable, output)

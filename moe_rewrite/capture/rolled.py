@@ -1,0 +1,229 @@
+"""A loop over an unknown number of experts, traced once for a symbolic expert index.
+
+Dynamo cannot iterate a tensor whose length is known only at run time. A :class:`RolledIterator` stands in for its
+iterator: instead of one row per expert it yields one symbolic row, so that the body is traced once. Python in the
+body may ask about the index (``if expert == num_experts: continue``). The answer then has to hold for every index value
+that the traced body stands for, so a question that divides them makes the body be traced once more, for the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+
+from moe_rewrite import markers
+from moe_rewrite.capture import dynamo
+
+MAX_PATHS = 8
+"""How many different ways through one body are traced before the loop is refused."""
+
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+_REFLECTED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+
+# What leaves the index as it is, and what makes a plain number of a row of one.
+_SAME_INDEX = frozenset(("clone", "contiguous", "cpu", "detach", "long"))
+_TO_NUMBER = frozenset(("__index__", "__int__", "item", "squeeze"))
+
+
+class ExpertIndex(torch.Tensor):
+    """The Python type that Dynamo sees for the symbolic index of a rolled loop."""
+
+
+@dataclasses.dataclass
+class Path:
+    """One way through the body of a loop, while it is being traced."""
+
+    experts: list[int]
+    index: Any  # the variable of the symbolic row
+    locals_at_start: dict[str, Any]
+    symbols_at_start: frozenset[Any]
+    scope: Any
+    assumes_rows: bool = False
+
+
+class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
+    """Yields one symbolic row for each way through the body, instead of one row for each expert.
+
+    Args:
+        hits: the variable of the tensor that the loop iterates, ``[u]`` or ``[u, 1]`` int64.
+        num_values: how many values the rows can have (0 to ``num_values - 1``).
+        frame: the capture that this loop belongs to.
+    """
+
+    def __init__(self, hits: Any, num_values: int, frame: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hits = hits
+        self.frame = frame
+        self.waiting: list[list[int]] = [list(range(num_values))]
+        self.paths_traced = 0
+        self.path: Path | None = None
+
+    def python_type(self) -> type:
+        return type(iter(()))  # what iter(tensor) is in eager
+
+    # Dynamo before 2.13 calls `next_variable`, later ones `tp_iternext_impl`.
+    def tp_iternext_impl(self, tx: Any) -> Any:
+        return self.next_variable(tx)
+
+    def next_variable(self, tx: Any) -> Any:
+        if not dynamo.is_for_loop_over(tx, self):
+            self.frame.refuse("the hits are iterated by something other than a plain `for` statement", tx)
+        if self.path is not None:
+            self._close_path(tx, self.path)
+        if not self.waiting:
+            self.frame.loops.remove(self)
+            dynamo.stop_iteration(tx)
+        return self._open_path(tx)
+
+    def _open_path(self, tx: Any) -> Any:
+        if self.paths_traced == MAX_PATHS:
+            self.frame.refuse(f"the body takes more than {MAX_PATHS} different ways, depending on the expert's index", tx)
+        self.paths_traced += 1
+        if self not in self.frame.loops:
+            if self.frame.loops:
+                self.frame.refuse("a loop over experts stands inside another one", tx)
+            self.frame.loops.append(self)
+        row = dynamo.call_in_graph(tx, markers.loop_begin, [self.hits])
+        index = ExpertIndexVariable.wrap(row, self)
+        self.path = Path(
+            experts=self.waiting.pop(),
+            index=index,
+            locals_at_start=dynamo.local_variables(tx),
+            symbols_at_start=dynamo.unbacked_symbols(tx.output),
+            scope=dynamo.enter_scope(),
+        )
+        return index
+
+    def _close_path(self, tx: Any, path: Path) -> None:
+        dynamo.leave_scope(path.scope)
+        self.path = None
+        now = dynamo.local_variables(tx)
+        changed = (name for name, value in now.items() if path.locals_at_start.get(name) is not value)
+        for name in filter(lambda name: dynamo.is_live(tx, name), changed):
+            self.frame.refuse(f"local variable `{name}` is changed by one iteration and read by the next, or after the loop", tx)
+        dynamo.call_in_graph(tx, markers.loop_end, [path.index.as_tensor(), _ranges(path.experts), path.assumes_rows])
+
+    def decide(self, tx: Any, holds: Callable[[int], bool]) -> bool:
+        """Answer a question about the index so that the answer holds for all index values of the path."""
+        path = self.path
+        if path is None:
+            self.frame.refuse("the expert's index is used after its iteration", tx)
+        yes = [value for value in path.experts if holds(value)]
+        no = [value for value in path.experts if not holds(value)]
+        if yes and no:
+            path.experts, other = (yes, no) if len(yes) > len(no) else (no, yes)
+            self.waiting.append(other)
+            return path.experts is yes
+        return bool(yes)
+
+    def reconstruct(self, codegen: Any) -> NoReturn:
+        """Dynamo wants the iterator back as bytecode: the graph breaks inside the body."""
+        self.frame.refuse("the graph breaks inside the loop's body", codegen.tx)
+
+
+def _ranges(values: Iterable[int]) -> list[int]:
+    """``[0, 1, 2, 5] -> [0, 3, 5, 6]``: half-open ranges, flattened."""
+    ranges: list[int] = []
+    for value in sorted(values):
+        if ranges and ranges[-1] == value:
+            ranges[-1] = value + 1
+        else:
+            ranges += [value, value + 1]
+    return ranges
+
+
+class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[misc]
+    """The symbolic index: every torch function applied to it comes to :meth:`call_torch_function`."""
+
+    _nonvar_fields = {"iterator", *dynamo.TensorWithTFOverrideVariable._nonvar_fields}
+
+    def __init__(self, *, iterator: RolledIterator, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.iterator = iterator
+
+    @classmethod
+    def wrap(cls, tensor: Any, iterator: RolledIterator) -> ExpertIndexVariable:
+        """The index whose value in the graph is ``tensor``, a row of the iterated hits."""
+        fields = dict(tensor.__dict__)
+        fields["class_type"] = ExpertIndex
+        return cls(iterator=iterator, **fields)
+
+    def as_tensor(self) -> Any:
+        """The same graph value as an ordinary tensor variable."""
+        fields = {name: value for name, value in self.__dict__.items() if name not in ("iterator", "torch_function_fn")}
+        fields["class_type"] = torch.Tensor
+        return dynamo.TensorVariable(**fields)
+
+    def call_method(self, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if name in _SAME_INDEX:
+            return self
+        if name in _TO_NUMBER:
+            return self.as_number(tx)
+        return super().call_method(tx, name, args, kwargs)
+
+    def call_torch_function(self, tx: Any, fn: Any, types: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+        arguments = list(args)
+        name = dynamo.function_name(fn)
+        if name in _SAME_INDEX:
+            return self
+        if name in _TO_NUMBER:
+            return self.as_number(tx)
+        if name in _COMPARISONS and len(arguments) == 2:
+            answer = self._compare(tx, name, *arguments)
+            if answer is not None:
+                return answer
+        if name == "getitem":
+            container, key = arguments
+            if container is not self:
+                return self._select(tx, container, key)
+            if self.ndim == 1 and key.is_python_constant() and key.as_python_constant() in (0, -1):
+                return self.as_number(tx)
+        plain = [_plain(argument) for argument in arguments]
+        return fn.call_function(tx, plain, {key: _plain(value) for key, value in kwargs.items()})
+
+    def _compare(self, tx: Any, name: str, left: Any, right: Any) -> Any:
+        other = right if left is self else left
+        if not other.is_python_constant() or not isinstance(other.as_python_constant(), int):
+            return None
+        compare = _COMPARISONS[name if left is self else _REFLECTED[name]]
+        constant = other.as_python_constant()
+        return dynamo.constant(tx, self.iterator.decide(tx, lambda value: compare(value, constant)))
+
+    def _select(self, tx: Any, container: Any, key: Any) -> Any:
+        keys = list(key.items) if dynamo.is_tuple(key) else [key]
+        dim = keys.index(self) if self in keys else -1
+        if dim < 0 or not isinstance(container, dynamo.TensorVariable) or not all(map(_is_full_slice, keys[:dim])):
+            self.iterator.frame.refuse("the expert's index is used in a way of indexing that is not understood", tx)
+        selected = dynamo.call_in_graph(tx, markers.select, [_plain(container), dim, self.as_number(tx).as_tensor()])
+        if self.ndim == 1:  # indexing with a row of one keeps a dimension of one
+            selected = selected.call_method(tx, "unsqueeze", [dynamo.constant(tx, dim)], {})
+        rest = keys[:dim] + [dynamo.full_slice()] * self.ndim + keys[dim + 1 :]
+        return selected if all(map(_is_full_slice, rest)) else dynamo.index(tx, selected, rest)
+
+    def as_number(self, tx: Any) -> ExpertIndexVariable:
+        """The index as a 0-dim tensor variable, which stands for a Python number too."""
+        if self.ndim == 0:
+            return self
+        number = self.as_tensor().call_method(tx, "reshape", [dynamo.tuple_of([])], {})
+        return ExpertIndexVariable.wrap(number, self.iterator)
+
+
+def _plain(variable: Any) -> Any:
+    if isinstance(variable, ExpertIndexVariable):
+        return variable.as_tensor()
+    if dynamo.is_tuple(variable) and any(isinstance(item, ExpertIndexVariable) for item in variable.items):
+        return dynamo.tuple_of([_plain(item) for item in variable.items])
+    return variable
+
+
+def _is_full_slice(variable: Any) -> bool:
+    if not variable.is_python_constant():
+        return False
+    value = variable.as_python_constant()
+    return value is Ellipsis or (isinstance(value, slice) and value == slice(None))

@@ -1,0 +1,22 @@
+"""``grouped_mm``: pairs sorted by expert once, then one grouped product for each product of the expert."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_rewrite.loop import ExpertsLoop
+from moe_rewrite.lower.grouped_product import grouped_product
+from moe_rewrite.lower.lift import Lifted
+
+
+def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
+    """Lower ``loop`` to grouped products over the pairs, sorted by expert."""
+    pairs = lifted.pairs().sorted_by_expert(loop.num_experts)
+    offsets = pairs.offsets
+    assert offsets is not None
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        # The kernel leaves rows past the last offset unwritten, in the result and in the gradient of its input.
+        return pairs.only_valid(grouped_product(pairs.only_valid(rows), weight, offsets))
+
+    lifted.run(pairs, product)

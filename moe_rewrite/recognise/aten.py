@@ -1,0 +1,101 @@
+"""Retraces pieces of Dynamo's graph to ATen operators.
+
+The torch API has many spellings of one operation, ATen has few, and its schemas and tags say what an operator does.
+So the pieces whose meaning has to be proved are judged on ATen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moe_rewrite import markers
+
+# Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand.
+_DECOMPOSED = (torch.ops.aten.native_layer_norm,)
+
+_AUTOCAST_NODES = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value of a node: Dynamo's ``example_value``, or ``val`` in a graph that ``make_fx`` made."""
+    value = node.meta.get("example_value")
+    return node.meta.get("val") if value is None else value
+
+
+def trace(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """``fn`` as a graph of ATen operators over the fake ``values``, which keep their fake mode and symbols."""
+    from torch._guards import detect_fake_mode
+
+    fake_mode = detect_fake_mode(values)
+    shape_env = fake_mode.shape_env if fake_mode is not None else None
+    fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
+    detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
+    with fresh, torch.no_grad(), fake_mode or contextlib.nullcontext():
+        return make_fx(
+            fn,
+            decomposition_table=get_decompositions(_DECOMPOSED),
+            tracing_mode="symbolic",
+            _error_on_data_dependent_ops=False,
+        )(*detached)
+
+
+def retrace(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+    """The ATen graph of ``nodes``: a placeholder for each of ``inputs``, and ``results`` as its outputs.
+
+    Values computed where the graph switches gradients off are detached, so that the retraced graph says so itself.
+    """
+
+    def run(*values: Any) -> list[Any]:
+        env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
+        detached = False
+        for node in nodes:
+            if node.target is torch._C._set_grad_enabled:
+                detached = not node.args[0]
+                continue
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])  # type: ignore[arg-type]
+            result = _run_node(node, args, kwargs)
+            env[node] = _detach(result) if detached else result
+        return [env[node] for node in results]
+
+    with autocast_of(nodes[0]) if nodes else contextlib.nullcontext():
+        return trace(run, [example_value(node) for node in inputs])
+
+
+def _run_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function" and callable(node.target):
+        return node.target(*args, **kwargs)
+    raise NotImplementedError(f"a {node.op} node ({node.target})")
+
+
+def _detach(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_detach, value))
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return torch.ops.aten.detach.default(value) if floating else value
+
+
+@contextlib.contextmanager
+def autocast_of(node: fx.Node) -> Iterator[None]:
+    """The autocast state that the graph has set up before ``node``."""
+    open_contexts: dict[fx.Node, tuple[Any, ...]] = {}
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            break
+        if earlier.target is torch.amp.autocast_mode._enter_autocast:
+            open_contexts[earlier] = earlier.args
+        elif earlier.target is torch.amp.autocast_mode._exit_autocast:
+            open_contexts.pop(earlier.args[0])
+    with contextlib.ExitStack() as stack:
+        for device_type, dtype, enabled, cache_enabled in open_contexts.values():
+            stack.enter_context(torch.amp.autocast(device_type, dtype, enabled, cache_enabled))
+        yield

@@ -1,0 +1,202 @@
+"""Which rows an expert gets: proves that a mask over experts is ``expert_ids == expert``.
+
+Many programs say the same thing: ``one_hot(ids, E).permute(2, 1, 0)[expert]``, ``ids == expert``,
+``ids.unsqueeze(-1) == arange(E)``. On ATen they all come down to comparing integers with a range or with the
+expert's index, and moving dimensions. So each integer value of the body gets a meaning, dimension by dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from moe_rewrite import markers
+
+aten = torch.ops.aten
+
+
+class Form(enum.Enum):
+    """What the entries of an integer tensor are, in terms of expert ids and experts."""
+
+    IDS = "the expert ids"
+    RANGE = "0, 1, 2, ... along the expert dimension"
+    INDEX = "the index of the loop's expert"
+    MEMBER = "ids == expert, for all experts"
+    SELECTED = "ids == the loop's expert"
+    COUNT = "how many ids equal the expert, for all experts"
+    ANY = "whether some id equals the expert, for all experts"
+
+
+EXPERT = "expert"
+"""Label of the dimension that runs over experts. Other labels are axes of the ids (int), or None for a size of 1."""
+
+Label = int | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Meaning:
+    """What an integer tensor holds.
+
+    Attributes:
+        form: the form of its entries.
+        labels: what each dimension runs along.
+        ids: the node of the expert ids it speaks of.
+    """
+
+    form: Form
+    labels: tuple[Label, ...]
+    ids: fx.Node | None = None
+
+
+def meanings(graph: fx.Graph) -> dict[fx.Node, Meaning]:
+    """The meaning of each integer tensor in a retraced body; an opaque one is taken as expert ids of its own."""
+    found: dict[fx.Node, Meaning] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        meaning = _meaning(node, found)
+        if meaning is None and not value.is_floating_point() and not value.is_complex() and value.dim() > 0:
+            meaning = Meaning(Form.IDS, tuple(range(value.dim())), node)
+        if meaning is not None:
+            found[node] = meaning
+    return found
+
+
+def _meaning(node: fx.Node, found: dict[fx.Node, Meaning]) -> Meaning | None:
+    if node.op != "call_function":
+        return None
+    target, value = node.target, node.meta["val"]
+    if target is markers.loop_begin:
+        return Meaning(Form.INDEX, (None,) * value.dim())
+    if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+        start = 0 if target is aten.arange.default else node.args[0]
+        step = node.args[2] if target is aten.arange.start_step and len(node.args) > 2 else 1
+        return Meaning(Form.RANGE, (EXPERT,)) if start == 0 and step == 1 else None
+    source = found.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    if source is None:
+        return None
+    if target is markers.select:
+        return _selected(node, source)
+    if target is aten.eq.Tensor:
+        other = found.get(node.args[1])  # type: ignore[arg-type]
+        return None if other is None else _equal(source, other) or _equal(other, source)
+    if target in (aten.sum.dim_IntList, aten.any.dims, aten.any.dim, aten.amax.default):
+        return _reduced(node, source)
+    if target is aten._to_copy.default or target in (aten.clone.default, aten.alias.default, aten.detach.default):
+        return source if _keeps_values(source, value.dtype) else None
+    if target in (aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar, aten.eq.Scalar):
+        return _thresholded(node, source)
+    return _moved(node, source)
+
+
+def _selected(node: fx.Node, source: Meaning) -> Meaning | None:
+    dim = node.args[1] % len(source.labels)  # type: ignore[operator]
+    if source.labels[dim] != EXPERT:
+        return None
+    labels = source.labels[:dim] + source.labels[dim + 1 :]
+    if source.form is Form.MEMBER:
+        return Meaning(Form.SELECTED, labels, source.ids)
+    return Meaning(Form.INDEX, labels) if source.form is Form.RANGE else None
+
+
+def _equal(left: Meaning, right: Meaning) -> Meaning | None:
+    if left.form is not Form.IDS or right.form not in (Form.RANGE, Form.INDEX):
+        return None
+    rank = max(len(left.labels), len(right.labels))
+    pairs = zip(_padded(left.labels, rank), _padded(right.labels, rank), strict=True)
+    labels = []
+    for a, b in pairs:
+        if a is not None and b is not None:
+            return None
+        labels.append(b if a is None else a)
+    return Meaning(Form.MEMBER if right.form is Form.RANGE else Form.SELECTED, tuple(labels), left.ids)
+
+
+def _padded(labels: tuple[Label, ...], rank: int) -> tuple[Label, ...]:
+    return (None,) * (rank - len(labels)) + labels
+
+
+def _reduced(node: fx.Node, source: Meaning) -> Meaning | None:
+    """Count or any over all axes of the ids: what is left runs over experts."""
+    value, dims = node.args[0].meta["val"], node.args[1]  # type: ignore[union-attr]
+    wanted = {dim % value.dim() for dim in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
+    if source.form is not Form.MEMBER or wanted != {i for i, label in enumerate(source.labels) if label != EXPERT}:
+        # Reduced in two goes, `mask.sum(-1).sum(-1)`: a count over some axes is no membership any more.
+        return None
+    keepdim = len(node.args) > 2 and bool(node.args[2])
+    labels = tuple(None if i in wanted else EXPERT for i in range(value.dim()) if keepdim or i not in wanted)
+    return Meaning(Form.COUNT if node.target is aten.sum.dim_IntList else Form.ANY, labels, source.ids)
+
+
+def _thresholded(node: fx.Node, source: Meaning) -> Meaning | None:
+    """A comparison that tells 0 from everything above."""
+    positive = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.ge.Scalar: 1}
+    bound = node.args[1]
+    if source.form is Form.COUNT:
+        return dataclasses.replace(source, form=Form.ANY) if positive.get(node.target) == bound else None
+    if source.form in (Form.MEMBER, Form.SELECTED, Form.ANY):
+        return source if {**positive, aten.eq.Scalar: 1}.get(node.target) == bound else None
+    return None
+
+
+def _keeps_values(source: Meaning, dtype: torch.dtype) -> bool:
+    if source.form in (Form.IDS, Form.RANGE, Form.INDEX, Form.COUNT):
+        return dtype in (torch.int64, torch.int32) or (source.form is Form.COUNT and dtype is torch.bool)
+    return True  # 0 and 1 are themselves in every dtype
+
+
+def _moved(node: fx.Node, source: Meaning) -> Meaning | None:
+    """Operators that only move, add or drop dimensions (of size 1)."""
+    labels, target, args = source.labels, node.target, node.args
+    rank = len(labels)
+    if target is aten.permute.default:
+        order: Sequence[int] = args[1]  # type: ignore[assignment]
+        labels = tuple(labels[dim % rank] for dim in order)
+    elif target in (aten.t.default, aten.numpy_T.default):
+        labels = labels[::-1]
+    elif target is aten.transpose.int:
+        moved = list(labels)
+        a, b = args[1] % rank, args[2] % rank  # type: ignore[operator]
+        moved[a], moved[b] = moved[b], moved[a]
+        labels = tuple(moved)
+    elif target is aten.unsqueeze.default:
+        dim = args[1] % (rank + 1)  # type: ignore[operator]
+        labels = (*labels[:dim], None, *labels[dim:])
+    elif target in (aten.squeeze.dim, aten.squeeze.dims, aten.view.default, aten.squeeze.default):
+        return _reshaped(node, source)
+    else:
+        return None
+    return dataclasses.replace(source, labels=labels)
+
+
+def _reshaped(node: fx.Node, source: Meaning) -> Meaning | None:
+    """A reshape that only adds or drops dimensions of size 1."""
+    before = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    after = node.meta["val"].shape
+    kept = [(size, label) for size, label in zip(before, source.labels, strict=True) if not _is_one(size)]
+    if any(label is not None for size, label in zip(before, source.labels, strict=True) if _is_one(size)):
+        return None  # an axis of length 1 must keep its place to be told apart
+    labels: list[Label] = []
+    for size in after:
+        if _is_one(size):
+            labels.append(None)
+        elif kept and _same(kept[0][0], size):
+            labels.append(kept.pop(0)[1])
+        else:
+            return None
+    return None if kept else dataclasses.replace(source, labels=tuple(labels))
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))

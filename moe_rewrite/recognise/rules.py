@@ -1,0 +1,154 @@
+"""Which ATen operators act on each row alone, and what they take.
+
+Each rule takes the operator's arguments and answers with a reason when the operator could mix rows. Dimension 0 of a
+per-row value is the row: an operator is rowwise when it neither reduces, moves nor merges that dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_rewrite.loop import Kind, Value
+
+aten = torch.ops.aten
+
+Rule = Callable[[torch._ops.OpOverload, dict[str, Any], Any], str | None]
+"""``rule(op, arguments by name, example result) -> reason | None``."""
+
+
+def arguments(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by the names of the operator's schema, defaults filled in."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in op._schema.arguments}
+
+
+def is_random(op: torch._ops.OpOverload) -> bool:
+    """Whether two calls with the same arguments may differ."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def is_pointwise(op: torch._ops.OpOverload) -> bool:
+    """Whether each element of the result depends on the elements at its own position alone."""
+    return torch.Tag.pointwise in op.tags or op in _POINTWISE_TOO
+
+
+_POINTWISE_TOO = {
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
+
+
+def _rank(value: Value) -> int:
+    return int(value.example.dim())
+
+
+def _rows_in_front(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    """Reductions and scans along ``dim``; slices, selections and splits of ``dim``."""
+    rows = given["self"]
+    dims = given.get("dim", given.get("dims"))
+    if dims is None or dims == []:
+        return f"`{op}` acts on all dimensions at once, the rows included"
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    if any(dim % _rank(rows) == 0 for dim in dims):
+        return f"`{op}` acts along the rows of an expert"
+    return None
+
+
+def _keeps_leading(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    """Reshapes: dimension 0 must be the rows before and after."""
+    before, after = given["self"].example.shape, result.shape
+    if len(after) == 0 or not _same_size(before[0], after[0]):
+        return f"`{op}` merges or splits the rows of an expert"
+    return None
+
+
+def _permute(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    rank = _rank(given["self"])
+    if op is aten.permute.default:
+        moved = given["dims"][0] % rank != 0
+    elif op is aten.transpose.int:
+        moved = 0 in (given["dim0"] % rank, given["dim1"] % rank)
+    else:
+        moved = rank > 1
+    return f"`{op}` moves the rows away from dimension 0" if moved else None
+
+
+def _unsqueeze(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    if given["dim"] % (_rank(given["self"]) + 1) == 0:
+        return f"`{op}` moves the rows away from dimension 0"
+    return None
+
+
+def _concatenate(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    tensors = given["tensors"]
+    if any(tensor.kind is not Kind.PER_ROW for tensor in tensors):
+        return f"`{op}` of rows with something that is not one value for each row"
+    if given["dim"] % result.dim() == 0:
+        return f"`{op}` joins rows to rows"
+    return None
+
+
+def _pad(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    if len(given["pad"]) // 2 >= _rank(given["self"]):
+        return f"`{op}` adds rows"
+    return None
+
+
+def _batched(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    if any(value.kind is not Kind.PER_ROW for value in (given["self"], given["mat2"])):
+        return f"`{op}` of rows with something that is not one matrix for each row"
+    return None
+
+
+def _constant_rows(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    """The same constant in every row."""
+    fill = given.get("fill_value")
+    if isinstance(fill, Value):
+        return f"`{op}` fills rows with a value that is computed"
+    rows = given.get("self")
+    if rows is None or rows.kind is not Kind.PER_ROW or not _same_size(rows.example.shape[0], result.shape[0]):
+        return f"`{op}` makes rows out of their number"
+    return None
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:
+    along_dim = (
+        "sum mean amax amin var std var_mean std_mean logsumexp _softmax _log_softmax cumsum cumprod "
+        "linalg_vector_norm norm argmax argmin max min topk sort any all prod median "
+        "glu flip slice select split split_with_sizes chunk unbind narrow squeeze unfold"
+    )
+    rules: dict[str, Rule] = dict.fromkeys(along_dim.split(), _rows_in_front)
+    rules |= dict.fromkeys(("view", "_unsafe_view", "reshape", "expand", "flatten", "unflatten"), _keeps_leading)
+    rules |= dict.fromkeys(("t", "transpose", "permute"), _permute)
+    constants = "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full"
+    rules |= dict.fromkeys(constants.split(), _constant_rows)
+    rules |= {"unsqueeze": _unsqueeze, "cat": _concatenate, "constant_pad_nd": _pad, "bmm": _batched}
+    return {getattr(aten, name): rule for name, rule in rules.items() if hasattr(aten, name)}
+
+
+ROWWISE: dict[torch._ops.OpOverloadPacket, Rule] = _table()
+"""The operators that can be rowwise, with the rule that says whether one call is."""
+
+
+def rowwise_refusal(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    """Why a call of ``op`` with a per-row first argument is not proved rowwise; None where it is."""
+    rule = ROWWISE.get(op.overloadpacket)
+    if rule is None:
+        return f"`{op}` is not known to act on each row alone"
+    example = result[0] if isinstance(result, (tuple, list)) else result
+    return rule(op, given, example)
+
+
