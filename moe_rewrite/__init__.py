@@ -1,0 +1,24 @@
+"""moe_rewrite: Mixture-of-Experts loops, rewritten by ``torch.compile(model, backend="moe_rewrite")``.
+
+The backend is found by its name; nothing has to be imported to use it. What can be imported:
+
+* :func:`explain`: what is found in a model, and what becomes of it;
+* :func:`set_experts_backend`, :func:`get_experts_backend`, :func:`experts_backend`: the experts mapping of a compiled
+  model, at run time;
+* :func:`register_experts_backend`, :func:`list_experts_backends`: experts backends of your own;
+* :func:`rewrite`: the pass by itself.
+"""
+
+from moe_rewrite.errors import MarkerExecutedError, MoeRewriteError, OptionsError
+from moe_rewrite.lower import list_experts_backends, register_experts_backend
+from moe_rewrite.rewrite import LoopRefused, rewrite
+
+__all__ = [
+    "LoopRefused",
+    "MarkerExecutedError",
+    "MoeRewriteError",
+    "OptionsError",
+    "list_experts_backends",
+    "register_experts_backend",
+    "rewrite",
+]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_rewrite.loop import ExpertsLoop
 from moe_rewrite.recognise.aten import autocast_of, example_value, trace
@@ -16,10 +17,10 @@ from moe_rewrite.recognise.regions import Region
 
 def replace_loop(
     graph: fx.Graph, region: Region, loop: ExpertsLoop, experts_backend: str, run: Callable[..., None]
-) -> None:
-    """Replace ``region`` by the graph of ``run(*inputs)``, which adds to the loop's accumulators in place.
+) -> list[fx.Node]:
+    """Put the graph of ``run(*inputs)``, which adds to the loop's accumulators in place, before the end of ``region``.
 
-    Every node that is put in carries ``meta["moe_rewrite"]``: the loop's path and the experts backend.
+    Returns the nodes that were put in. Each carries ``meta["moe_rewrite"]``: the loop's path and the experts backend.
     """
     with torch.amp.autocast(_device_type(loop), enabled=False):
         replacement = trace(run, [example_value(node) for node in loop.inputs])
@@ -43,6 +44,7 @@ def replace_loop(
             env[node] = copy
         if entered is not None:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    return [copy for node, copy in env.items() if node.op not in ("placeholder", "output")]
 
 
 def _move_constant(graph: fx.Graph, replacement: fx.GraphModule, node: fx.Node) -> None:
@@ -68,60 +70,66 @@ def _enter_autocast(loop: ExpertsLoop) -> tuple[Any, tuple[Any, ...]]:
 
 
 def remove_region(graph: fx.Graph, region: Region) -> None:
-    """Erase a captured body: its markers and all that depends on them."""
+    """Erase a captured body, and what led to nothing but it: masks, hits, assertions on how many hits there are.
+
+    ``Graph.eliminate_dead_code`` would not do: in Dynamo's graph it also erases in-place operators whose result has no
+    user.
+    """
     assert region.end is not None
+    waiting: list[fx.Node] = []
     for node in [region.end, *reversed(region.dependents()), region.begin]:
-        if node.graph is graph and not node._erased:
-            graph.erase_node(node)
-
-
-def clean(gm: fx.GraphModule) -> None:
-    """Drop what the rewritten loops left behind: dead code, and assertions on sizes that are no more."""
-    graph = gm.graph
-    for node in reversed(graph.nodes):
-        if _is_assertion(node) and _only_for_assertions(node):
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    graph.lint()
-    gm.recompile()
-
-
-def _is_assertion(node: fx.Node) -> bool:
-    return node.target in (torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default)
-
-
-def _only_for_assertions(node: fx.Node) -> bool:
-    """Whether an assertion is about the length of a ``nonzero`` that nothing uses but such assertions."""
-    for source in _ancestry(node):
-        if _is_nonzero(source) and not all(_leads_to_assertions(user) for user in source.users):
-            return False
-    return any(_is_nonzero(source) for source in _ancestry(node))
-
-
-def _ancestry(node: fx.Node) -> list[fx.Node]:
-    """The sizes an assertion is computed from, and the tensors that have them."""
-    found: dict[fx.Node, None] = {}
-    waiting = list(node.all_input_nodes)
+        waiting += node.all_input_nodes
+        graph.erase_node(node)
     while waiting:
-        source = waiting.pop()
-        if source in found:
+        node = waiting.pop()
+        if node._erased or node.op in ("placeholder", "output") or not all(map(_is_size_assertion, node.users)):
             continue
-        found[source] = None
-        if not isinstance(example_value(source), torch.Tensor) or source.target is operator.getitem:
-            waiting += source.all_input_nodes
-    return list(found)
+        if node.users and not _has_unknown_size(node) or _changes_something(node):
+            continue
+        for assertion in list(node.users):
+            _erase_users_first(graph, assertion)
+        waiting += node.all_input_nodes
+        graph.erase_node(node)
 
 
-def _is_nonzero(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name) in ("nonzero", "where", "argwhere", "nonzero.default")
+def _is_size_assertion(node: fx.Node) -> bool:
+    """Whether all that comes of ``node`` are assertions, by way of sizes and comparisons of sizes."""
+    if node.target is torch.ops.aten._assert_scalar.default:
+        return True
+    if isinstance(example_value(node), torch.Tensor):
+        return node.target is operator.getitem and bool(node.users) and all(map(_is_size_assertion, node.users))
+    return bool(node.users) and all(map(_is_size_assertion, node.users))
 
 
-def _leads_to_assertions(node: fx.Node) -> bool:
-    return _is_assertion(node) or (len(node.users) > 0 and all(map(_leads_to_assertions, node.users))) or _is_dead(node)
+def _has_unknown_size(node: fx.Node) -> bool:
+    """Whether ``node`` has, or is, a size that is known only at run time: assertions on that size go with it."""
+    value = example_value(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else [v])]
+    return any(isinstance(size, (torch.SymInt, torch.SymBool)) and free_unbacked_symbols(size) for size in sizes)
 
 
-def _is_dead(node: fx.Node) -> bool:
-    return not node.is_impure() and all(map(_is_dead, node.users))
+def _changes_something(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph may do more than give a value."""
+    if node.is_impure() or "out" in node.kwargs or node.op == "call_module":
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("setitem", *(f"i{op}" for op in _AUGMENTED))
 
 
+_AUGMENTED = "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or concat".split()
+
+
+def _erase_users_first(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_users_first(graph, user)
+    graph.erase_node(node)
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """Check the rewritten graph and regenerate its code."""
+    gm.graph.lint()
+    gm.recompile()

@@ -55,8 +55,18 @@ class RestartFrame(TensorifyScalarRestartAnalysis):  # type: ignore[misc]
 
 def error_shown_as_is(error: Exception) -> Exception:
     """``error`` as a type that Dynamo hands to the user unwrapped (``ShortenTraceback``). torch 2.11, 2.13."""
-    cls = type(type(error).__name__, (type(error), ShortenTraceback), {"__module__": type(error).__module__})
-    return cls(*error.args).with_traceback(error.__traceback__)
+    own = type(error)
+
+    def remove_dynamo_frames(self: Any) -> Any:
+        return self
+
+    cls = type(
+        own.__name__,
+        (own, ShortenTraceback),
+        {"__init__": Exception.__init__, "__module__": own.__module__, "remove_dynamo_frames": remove_dynamo_frames},
+    )
+    shown: Exception = cls(*error.args)
+    return shown
 
 
 def compiler_wrapper(compiler_fn: Any) -> Any:
@@ -226,14 +236,11 @@ def assume_not_empty(variable: Any, output: Any, known_before: frozenset[Any]) -
     """
     expression = getattr(getattr(variable.sym_num, "node", None), "expr", None)
     shape_env = output.shape_env
-    assumed = False
-    for symbol in getattr(expression, "free_symbols", ()):
-        if shape_env.is_unbacked_symint(symbol) and symbol not in known_before:
-            bounds = shape_env.var_to_range[symbol]
-            if bounds.lower < 1:
-                shape_env.constrain_symbol_range(symbol, 1, bounds.upper)
-            assumed = True
-    return assumed
+    born = [s for s in getattr(expression, "free_symbols", ()) if s not in known_before]
+    born = [symbol for symbol in born if shape_env.is_unbacked_symint(symbol)]
+    for symbol in born:
+        torch._check(shape_env.create_symintnode(symbol, hint=None) >= 1)
+    return bool(born)
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------

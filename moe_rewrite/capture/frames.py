@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from moe_rewrite.capture import dynamo
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.recognise.hits import hit_mask
+from moe_rewrite.recognise.provenance import module_path
 
 _active = threading.local()
 
@@ -25,11 +26,13 @@ class FrameCapture:
 
     Attributes:
         tx: the translator of the root frame.
+        session: what the compiler backend knows of the frame; it answers which experts backend is configured.
         refusal: why the frame is traced as stock; None while its loops are rolled.
         loops: the loops whose body is being traced.
     """
 
     tx: Any
+    session: Any
     refusal: str | None
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
 
@@ -49,12 +52,12 @@ def current() -> FrameCapture | None:
     return getattr(_active, "capture", None)
 
 
-def install(is_ours: Callable[[Any], bool], prepare: Callable[[Any], None]) -> None:
+def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], Any]) -> None:
     """Hook into Dynamo, once per process.
 
     Args:
-        is_ours: whether an object given as ``torch.compile(backend=...)`` is this package's.
-        prepare: called with that object before one of its frames is traced; raises on bad options.
+        is_ours: whether an object that ``torch.compile`` made of its ``backend=`` is this package's.
+        start_session: called with that object and the frame's ``self`` before a frame is traced; raises on bad options.
     """
 
     def run_frame(original: Callable[..., Any], tx: Any) -> Any:
@@ -62,14 +65,14 @@ def install(is_ours: Callable[[Any], bool], prepare: Callable[[Any], None]) -> N
         if not is_ours(wrapper):
             return original(tx)
         try:
-            prepare(wrapper)
+            session = start_session(wrapper, tx.f_locals.get("self"))
         except Exception as error:
             raise dynamo.error_shown_as_is(error) from None
         refusal = getattr(tx.speculation_log, "moe_rewrite_refusal", None)
         if refusal is None:
             dynamo.allow_data_dependent_shapes(tx.output)
         outer = current()
-        _active.capture = FrameCapture(tx, refusal)
+        _active.capture = FrameCapture(tx, session, refusal)
         try:
             with dynamo.same_scope_after():
                 return original(tx)
@@ -97,6 +100,8 @@ def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
                 ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
             )
         return original(hits, tx)
+    if capture.session.experts_backend(module_path(hits.as_proxy().node)) == "eager":
+        capture.refuse("experts backend 'eager' is configured for it", tx)
     if not dynamo.is_get_iter(tx):
         capture.refuse("the hits are iterated by something other than a plain `for` statement", tx)
     return RolledIterator(hits, mask.meta["example_value"].shape[0], capture)
