@@ -16,6 +16,7 @@ import torch
 # The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13.
 from torch._dynamo import current_scope_id
 from torch._dynamo.bytecode_transformation import Instruction
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import (
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
@@ -86,6 +87,12 @@ def allow_data_dependent_shapes(output: Any) -> None:
     """
     settings = output.shape_env.settings
     output.shape_env.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+
+
+def abandon(tx: Any) -> None:
+    """Leave a frame that will not be traced as Dynamo itself does when tracing fails. torch 2.11, 2.13."""
+    tx.output.cleanup()
+    tx.output.mark_bytecode_tracing_stop()
 
 
 def is_for_loop_over(tx: Any, iterator: Any) -> bool:
@@ -241,6 +248,35 @@ def assume_not_empty(variable: Any, output: Any, known_before: frozenset[Any]) -
     for symbol in born:
         torch._check(shape_env.create_symintnode(symbol, hint=None) >= 1)
     return bool(born)
+
+
+# --- compiled modules ------------------------------------------------------------------------------------------------
+
+
+def compiled_with(module: Any) -> Any:
+    """The object that ``torch.compile`` made of ``backend=`` for a compiled module; None for anything else.
+
+    torch 2.11, 2.13.
+    """
+    if not isinstance(module, OptimizedModule):
+        return None
+    return compiler_wrapper(module.dynamo_ctx.callback)
+
+
+def compile_again(module: Any, wrapper: Any) -> None:
+    """Compile a compiled module with another ``wrapper`` from its next call on. torch 2.11, 2.13.
+
+    What was compiled before is kept, and used again once an equal wrapper comes back.
+    """
+    context = module.dynamo_ctx
+    fresh = torch._dynamo.optimize(backend=wrapper, nopython=context.fullgraph, dynamic=wrapper.dynamic)
+    module.dynamo_ctx = fresh
+    module._initialize()
+
+
+def wrapper_like(wrapper: Any, options: dict[str, Any]) -> Any:
+    """A wrapper of the same compiler backend with other options. torch 2.11, 2.13."""
+    return torch._TorchCompileWrapper(wrapper.compiler_fn, None, options, wrapper.dynamic)
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------

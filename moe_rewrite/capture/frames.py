@@ -67,6 +67,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         try:
             session = start_session(wrapper, tx.f_locals.get("self"))
         except Exception as error:
+            dynamo.abandon(tx)
             raise dynamo.error_shown_as_is(error) from None
         refusal = getattr(tx.speculation_log, "moe_rewrite_refusal", None)
         if refusal is None:
