@@ -10,16 +10,19 @@ The backend is found by its name; nothing has to be imported to use it. What can
 """
 
 from moe_rewrite.errors import MarkerExecutedError, MoeRewriteError, OptionsError
+from moe_rewrite.explain import Explanation, explain
 from moe_rewrite.lower import list_experts_backends, register_experts_backend
 from moe_rewrite.rewrite import LoopRefused, rewrite
 from moe_rewrite.runtime import experts_backend, get_experts_backend, set_experts_backend
 
 __all__ = [
+    "Explanation",
     "LoopRefused",
     "MarkerExecutedError",
     "MoeRewriteError",
     "OptionsError",
     "experts_backend",
+    "explain",
     "get_experts_backend",
     "list_experts_backends",
     "register_experts_backend",

@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.inner import compile_inner
+from moe_rewrite.lower import EAGER
 from moe_rewrite.report import LoopReport, log
-from moe_rewrite.rewrite import LoopRefused, rewrite
+from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
 
 TESTED_TORCH = ("2.11", "2.13")
 """The range of torch versions that the tests were run with."""
@@ -52,14 +53,14 @@ def moe_rewrite(
     parsed = Options.parse(mode, options)
     capture = frames.current() if not _unavailable else None
     session = capture.session if capture is not None else Session(parsed)
-    try:
-        reports = rewrite(gm, session.mapping, base_path=session.base_path)
-    except LoopRefused as refused:
+    plans = make_plans(gm, session.mapping, session.base_path)
+    refused = [plan.report for plan in plans if plan.report is not None and plan.report.refusal is not None]
+    if refused and not session.explains:
+        session.refused(refused)
         if capture is None:
-            raise
-        session.refused(refused.reports)
-        capture.restart_as_stock(str(refused))
-    session.rewritten(reports)
+            raise LoopRefused(refused)
+        capture.restart_as_stock([report.refusal for report in refused if report.refusal is not None])
+    session.rewritten(carry_out(plans))
     return compile_inner(gm, example_inputs, parsed)
 
 
@@ -78,20 +79,30 @@ class Session:
     options: Options
     root: nn.Module | None = None
     base_path: str = ""
-    mapping: ExpertsMapping = ExpertsMapping()
     memory: Memory = dataclasses.field(default_factory=lambda: Memory())
+    mapping: ExpertsMapping = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         experts = self.options.experts
         self.mapping = experts.with_sub_configs(self.root) if self.root is not None else experts
 
-    def experts_backend(self, path: str) -> str:
-        """The experts backend that is configured for the loop at ``path`` of this frame's module."""
-        return self.mapping.choose(".".join(filter(None, (self.base_path, path))))
+    @property
+    def explains(self) -> bool:
+        """Whether the graph is only looked at: loops that are left as they are need not run."""
+        return self.memory.explains
+
+    def full_path(self, path: str) -> str:
+        """``path`` in this frame's module as a path in the module that was compiled first."""
+        return ".".join(filter(None, (self.base_path, path)))
+
+    def leaves_alone(self, path: str) -> bool:
+        """Whether the loop at ``path`` is configured to stay as it is, so that it need not be captured."""
+        return not self.explains and self.mapping.choose(path) == EAGER
 
     def refused(self, reports: list[LoopReport]) -> None:
+        known = {(report.path, report.location) for report in self.memory.reports}
         for report in reports:
-            if report.loop is None:
+            if (report.path, report.location) not in known:  # a frame of its own may refuse the same loop again
                 self.memory.reports.append(report)
                 log.info("%s", report)
 
@@ -145,11 +156,13 @@ class Memory:
         paths: the path of each module seen, in the module that was compiled first.
         warned: what was warned of already.
         reports: what became of each loop, in the order of compilation.
+        explains: whether the model is only looked at.
     """
 
     paths: weakref.WeakKeyDictionary[nn.Module, str] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
     warned: set[str] = dataclasses.field(default_factory=set)
     reports: list[LoopReport] = dataclasses.field(default_factory=list)
+    explains: bool = False
 
     def path_of(self, module: nn.Module) -> str:
         """The path of ``module``; ``""`` for one that is in no module seen before."""
@@ -207,7 +220,7 @@ if not _unavailable:
     frames.install(is_ours, start_session)
 else:
     warnings.warn(
-        f"moe_rewrite cannot hook into the Dynamo of torch {torch.__version__} ({_unavailable}): experts loops are left "
-        f"as they are, and models compile as with the inner compiler alone.",
+        f"moe_rewrite cannot hook into the Dynamo of torch {torch.__version__} ({_unavailable}): experts loops are "
+        f"left as they are, and models compile as with the inner compiler alone.",
         stacklevel=2,
     )

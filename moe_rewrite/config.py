@@ -38,12 +38,14 @@ class ExpertsMapping:
             given = {"": given}
         if not isinstance(given, Mapping):
             raise OptionsError(
-                f"the experts mapping must be a dict from module path prefixes to experts backends, or the name of one, "
-                f"got {type(given).__name__}: {given!r}. Example: {{'': 'grouped_mm', 'model.layers.0': 'eager'}}"
+                f"the experts mapping must be a dict from module path prefixes to experts backends, or the name of "
+                f"one, got {type(given).__name__}: {given!r}. Example: {{'': 'grouped_mm', 'model.layers.0': 'eager'}}"
             )
         entries = []
         for prefix, name in given.items():
-            if not isinstance(prefix, str) or (prefix and not all(part.strip() == part != "" for part in prefix.split("."))):
+            if not isinstance(prefix, str) or (
+                prefix and not all(part.strip() == part != "" for part in prefix.split("."))
+            ):
                 raise OptionsError(
                     f"{prefix!r} is no module path prefix: give '' for all modules, or names joined by dots such as "
                     f"'model.layers.0'"
@@ -75,7 +77,11 @@ class ExpertsMapping:
         for prefix, name in self.entries:
             sub_config = getattr(config, prefix, None) if prefix and "." not in prefix else None
             is_sub_config = sub_config is not None and not hasattr(module, prefix)
-            paths = _topmost(p for p, m in module.named_modules() if getattr(m, "config", None) is sub_config) if is_sub_config else []
+            paths = (
+                _topmost(p for p, m in module.named_modules() if getattr(m, "config", None) is sub_config)
+                if is_sub_config
+                else []
+            )
             entries += [(path, name) for path in paths] or [(prefix, name)]
         return ExpertsMapping(tuple(entries))
 
@@ -137,7 +143,9 @@ def _check_inner(inner: object, mode: str | None, inner_options: Mapping[str, An
         names = list_backends(exclude_tags=())
         if inner not in names or inner == "moe_rewrite":
             names = [name for name in names if name != "moe_rewrite"]
-            raise OptionsError(f"there is no inner compiler {inner!r}.{_near(inner, names)} There are: {_names(names)}.")
+            raise OptionsError(
+                f"there is no inner compiler {inner!r}.{_near(inner, names)} There are: {_names(names)}."
+            )
     elif not callable(inner):
         raise OptionsError(f"options['inner'] must be the name of a compiler backend or a function, got {inner!r}")
     if inner == "inductor":
@@ -147,8 +155,8 @@ def _check_inner(inner: object, mode: str | None, inner_options: Mapping[str, An
         for key in inner_options:
             if key.replace("-", "_") not in known:
                 raise OptionsError(
-                    f"there is no option {key!r}.{_near(key, known)} There are {_names(OWN_OPTIONS)} and the options of "
-                    f"inductor (torch._inductor.list_options())."
+                    f"there is no option {key!r}.{_near(key, known)} There are {_names(OWN_OPTIONS)} and the options "
+                    f"of inductor (torch._inductor.list_options())."
                 )
         return
     function = lookup_backend(inner)  # type: ignore[arg-type]

@@ -219,4 +219,4 @@ class Refusal:
 
     def __str__(self) -> str:
         at = f" (at `{self.node}`)" if self.node else ""
-        return f"{self.reason}{at}, in {self.path or 'the root module'} ({self.location})"
+        return f"{self.path or '<root>'}: {self.reason}{at} ({self.location})"

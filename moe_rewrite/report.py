@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-
-from torch import fx
 
 from moe_rewrite.loop import ExpertsLoop, Refusal
 
@@ -20,7 +17,7 @@ class LoopReport:
     Attributes:
         path: path of the module the loop stands in.
         location: the user's ``file:line`` of the loop.
-        loop: what it was recognised as; None where it was refused.
+        loop: what it was recognised as; None where it was not.
         refusal: why it was left as it is; None where it was rewritten.
         experts_backend: what it was rewritten into; ``"eager"`` where it was left as it is.
         why: why that experts backend was chosen.
@@ -37,19 +34,14 @@ class LoopReport:
     before: str = dataclasses.field(repr=False, default="")
     after: str = dataclasses.field(repr=False, default="")
 
+    @classmethod
+    def of_refusal(cls, refusal: Refusal, loop: ExpertsLoop | None = None, before: str = "") -> LoopReport:
+        return cls(refusal.path, refusal.location, loop, refusal, "eager", refusal.reason, before)
+
     def __str__(self) -> str:
         """One line, as the log has it."""
-        name = self.path or "<root>"
-        if self.loop is None:
-            return f"{name}: left as it is: {self.refusal.reason if self.refusal else self.why}"
-        return f"{name}: {self.loop.num_experts} experts, {self.loop.dispatch} -> {self.experts_backend} ({self.why})"
-
-
-def standalone_code(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> str:
-    """``nodes`` as the code of a function of ``inputs``."""
-    graph = fx.Graph()
-    env = {node: graph.placeholder(node.name) for node in inputs}
-    for node in nodes:
-        env[node] = graph.node_copy(node, lambda n: env.get(n) or graph.placeholder(n.name))
-    code: str = graph.python_code("self").src
-    return code.strip() + "\n"
+        if self.refusal is not None:
+            return f"left as it is: {self.refusal}"
+        assert self.loop is not None
+        what = f"{self.loop.num_experts} experts, {self.loop.dispatch}"
+        return f"{self.path or '<root>'}: {what} -> {self.experts_backend} ({self.why})"

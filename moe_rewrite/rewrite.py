@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -13,19 +13,20 @@ from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.loop import ExpertsLoop, Refusal
 from moe_rewrite.lower import ExpertsBackend, Lifted
+from moe_rewrite.nodes import standalone_code
 from moe_rewrite.recognise import Finding, find_loops
-from moe_rewrite.report import LoopReport, log, standalone_code
+from moe_rewrite.report import LoopReport, log
 
 
 class LoopRefused(MoeRewriteError):
-    """A captured loop could not be rewritten. A captured loop cannot be run either.
+    """A captured loop is not to be rewritten, or cannot be proved rewritable. It cannot be run as it stands either.
 
     Attributes:
         reports: what was found, the refused loops among them.
     """
 
-    def __init__(self, message: str, reports: list[LoopReport]) -> None:
-        super().__init__(message)
+    def __init__(self, reports: list[LoopReport]) -> None:
+        super().__init__("; ".join(str(report) for report in reports if report.refusal is not None))
         self.reports = reports
 
 
@@ -46,52 +47,75 @@ def rewrite(
         LoopRefused: a loop is not to be rewritten, or cannot be proved rewritable. ``gm`` is left as it was.
         OptionsError: the mapping is wrong.
     """
-    experts = ExpertsMapping.parse(mapping if mapping is not None else {})
-    findings = find_loops(gm)
-    plans = [_plan(finding, experts, base_path) for finding in findings]
-    refused = [report for report, _ in plans if report is not None and report.loop is None]
-    if refused:
-        raise LoopRefused("; ".join(map(str, refused)), [report for report, _ in plans if report is not None])
+    plans = make_plans(gm, ExpertsMapping.parse(mapping if mapping is not None else {}), base_path)
+    if any(plan.report is not None and plan.report.refusal is not None for plan in plans):
+        raise LoopRefused([plan.report for plan in plans if plan.report is not None])
+    return carry_out(plans)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to become of one captured body.
+
+    Attributes:
+        gm: the graph it stands in: the graph itself or a subgraph of a higher-order operator.
+        finding: the body.
+        report: what is reported of it; None for a body without effect.
+        backend: the experts backend it is lowered to; None for a body that is refused or has no effect.
+    """
+
+    gm: fx.GraphModule
+    finding: Finding
+    report: LoopReport | None
+    backend: ExpertsBackend | None
+
+
+def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> list[Plan]:
+    """What is to become of each captured body of ``gm``, in order. Nothing is changed yet."""
+    graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return [_plan(graph, finding, experts, base_path) for graph in graphs for finding in find_loops(graph)]
+
+
+def carry_out(plans: list[Plan]) -> list[LoopReport]:
+    """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop."""
     reports = []
-    for finding, (report, backend) in zip(findings, plans, strict=True):
-        if report is not None and backend is not None:
-            reports.append(_replace(gm, finding, report, backend))
-        splice.remove_region(gm.graph, finding.region)
-    if findings:
+    for plan in plans:
+        report = plan.report
+        if report is not None and report.refusal is not None:
+            reports.append(report)
+            continue
+        if report is not None and plan.backend is not None:
+            reports.append(_replace(plan, report, plan.backend))
+        splice.remove_region(plan.gm.graph, plan.finding.region)
+    for gm in {plan.gm for plan in plans}:
         splice.finish(gm)
     for report in reports:
         log.info("%s", report)
     return reports
 
 
-def _plan(finding: Finding, experts: ExpertsMapping, base_path: str) -> tuple[LoopReport | None, ExpertsBackend | None]:
-    """What is to become of a loop: a report (none for a body without effect) and the experts backend to use."""
-    outcome = finding.outcome
+def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_path: str) -> Plan:
+    outcome, region = finding.outcome, finding.region
     path = ".".join(filter(None, (base_path, outcome.path)))
-    region = finding.region
-    before = standalone_code([region.begin, *region.body, *filter(None, [region.end])], list(region.inputs))
+    if not isinstance(outcome, (ExpertsLoop, Refusal)):
+        return Plan(gm, finding, None, None)
+    before = standalone_code([region.begin, *region.body, *filter(None, [region.end])], [region.hits, *region.inputs])
     if isinstance(outcome, Refusal):
-        return LoopReport(path, outcome.location, None, outcome, lower.EAGER, str(outcome), before), None
-    if not isinstance(outcome, ExpertsLoop):
-        return None, None
-    backend, why = lower.choose(experts.choose(path), outcome)
+        refusal = dataclasses.replace(outcome, path=path)
+        return Plan(gm, finding, LoopReport.of_refusal(refusal, None, before), None)
+    loop = dataclasses.replace(outcome, path=path)
+    backend, why = lower.choose(experts.choose(path), loop)
     if backend is None:
-        refusal = Refusal(path, outcome.location, why)
-        return LoopReport(path, outcome.location, None, refusal, lower.EAGER, why, before), None
-    return LoopReport(path, outcome.location, outcome, None, backend.name, why, before), backend
+        return Plan(gm, finding, LoopReport.of_refusal(Refusal(path, loop.location, why), loop, before), None)
+    return Plan(gm, finding, LoopReport(path, loop.location, loop, None, backend.name, why, before), backend)
 
 
-def _replace(gm: fx.GraphModule, finding: Finding, report: LoopReport, backend: ExpertsBackend) -> LoopReport:
+def _replace(plan: Plan, report: LoopReport, backend: ExpertsBackend) -> LoopReport:
     loop = report.loop
     assert loop is not None
 
     def run(*inputs: torch.Tensor) -> None:
         backend.lower(loop, Lifted(loop, inputs))
 
-    new = splice.replace_loop(gm.graph, finding.region, loop, backend.name, run)
-    after = standalone_code(new, loop.inputs)
-    fields: dict[str, Any] = {**vars(report), "after": after}
-    return LoopReport(**fields)
-
-
-__all__ = ["LoopRefused", "rewrite"]
+    new = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
+    return dataclasses.replace(report, after=standalone_code(new, loop.inputs))

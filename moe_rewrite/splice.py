@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_rewrite.loop import ExpertsLoop
-from moe_rewrite.recognise.aten import autocast_of, example_value, trace
+from moe_rewrite.nodes import changes_something, has_unknown_size, is_size_assertion
+from moe_rewrite.recognise.aten import autocast_of, trace
 from moe_rewrite.recognise.regions import Region
 
 
@@ -23,7 +22,7 @@ def replace_loop(
     Returns the nodes that were put in. Each carries ``meta["moe_rewrite"]``: the loop's path and the experts backend.
     """
     with torch.amp.autocast(_device_type(loop), enabled=False):
-        replacement = trace(run, [example_value(node) for node in loop.inputs])
+        replacement = trace(run, loop.inputs)
     replacement.graph.eliminate_dead_code()
     with autocast_of(region.begin):
         autocast = torch.is_autocast_enabled(_device_type(loop))
@@ -82,45 +81,14 @@ def remove_region(graph: fx.Graph, region: Region) -> None:
         graph.erase_node(node)
     while waiting:
         node = waiting.pop()
-        if node._erased or node.op in ("placeholder", "output") or not all(map(_is_size_assertion, node.users)):
+        if node._erased or node.op in ("placeholder", "output") or not all(map(is_size_assertion, node.users)):
             continue
-        if node.users and not _has_unknown_size(node) or _changes_something(node):
+        if (node.users and not has_unknown_size(node)) or changes_something(node):
             continue
         for assertion in list(node.users):
             _erase_users_first(graph, assertion)
         waiting += node.all_input_nodes
         graph.erase_node(node)
-
-
-def _is_size_assertion(node: fx.Node) -> bool:
-    """Whether all that comes of ``node`` are assertions, by way of sizes and comparisons of sizes."""
-    if node.target is torch.ops.aten._assert_scalar.default:
-        return True
-    if isinstance(example_value(node), torch.Tensor):
-        return node.target is operator.getitem and bool(node.users) and all(map(_is_size_assertion, node.users))
-    return bool(node.users) and all(map(_is_size_assertion, node.users))
-
-
-def _has_unknown_size(node: fx.Node) -> bool:
-    """Whether ``node`` has, or is, a size that is known only at run time: assertions on that size go with it."""
-    value = example_value(node)
-    values = value if isinstance(value, (tuple, list)) else [value]
-    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else [v])]
-    return any(isinstance(size, (torch.SymInt, torch.SymBool)) and free_unbacked_symbols(size) for size in sizes)
-
-
-def _changes_something(node: fx.Node) -> bool:
-    """Whether a node of Dynamo's graph may do more than give a value."""
-    if node.is_impure() or "out" in node.kwargs or node.op == "call_module":
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("setitem", *(f"i{op}" for op in _AUGMENTED))
-
-
-_AUGMENTED = "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or concat".split()
 
 
 def _erase_users_first(graph: fx.Graph, node: fx.Node) -> None:

@@ -108,7 +108,7 @@ def is_for_loop_over(tx: Any, iterator: Any) -> bool:
 
 def is_get_iter(tx: Any) -> bool:
     """Whether ``tx`` executes the ``iter()`` that a ``for`` statement makes. torch 2.11, 2.13."""
-    return tx.current_instruction.opname == "GET_ITER"
+    return bool(tx.current_instruction.opname == "GET_ITER")
 
 
 def local_variables(tx: Any) -> dict[str, Any]:
@@ -152,11 +152,13 @@ def user_location(tx: Any) -> str:
 
 def stop_iteration(tx: Any) -> NoReturn:
     raise_observed_exception(StopIteration, tx)
+    raise AssertionError("unreachable")
 
 
 def graph_break(reason: str, explanation: str, hints: list[str]) -> NoReturn:
     """End the graph here as Dynamo itself does; with ``fullgraph=True`` this is the user's error. torch 2.11, 2.13."""
     unimplemented(gb_type=reason, context="", explanation=explanation, hints=hints)
+    raise AssertionError("unreachable")
 
 
 # --- side effects ----------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def wrapper_like(wrapper: Any, options: dict[str, Any]) -> Any:
 
 
 def iteration_method() -> str:
-    """The method of ``TensorVariable`` that ``iter(tensor)`` ends in: ``tp_iter_impl`` in 2.13, ``method___iter__`` in 2.11."""
+    """The method of ``TensorVariable`` that ``iter(tensor)`` ends in. torch 2.11 (the latter), 2.13 (the former)."""
     return "tp_iter_impl" if hasattr(TensorVariable, "tp_iter_impl") else "method___iter__"
 
 

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 from moe_rewrite.capture import dynamo
 from moe_rewrite.capture.rolled import RolledIterator
+from moe_rewrite.loop import Refusal
+from moe_rewrite.nodes import example_value
 from moe_rewrite.recognise.hits import hit_mask
 from moe_rewrite.recognise.provenance import module_path
 
@@ -27,24 +29,29 @@ class FrameCapture:
     Attributes:
         tx: the translator of the root frame.
         session: what the compiler backend knows of the frame; it answers which experts backend is configured.
-        refusal: why the frame is traced as stock; None while its loops are rolled.
+        refusals: why the frame is traced as stock, one for each loop that was refused; empty while loops are rolled.
         loops: the loops whose body is being traced.
     """
 
     tx: Any
     session: Any
-    refusal: str | None
+    refusals: list[Refusal]
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
 
-    def refuse(self, reason: str, tx: Any) -> NoReturn:
-        """Trace the frame again with every loop left as stock Dynamo has it."""
-        self.restart_as_stock(f"{reason} ({dynamo.user_location(tx)})")
+    def refusal_of(self, path: str, location: str) -> Refusal | None:
+        """Why the loop of the module at ``path`` was refused; None where it was not."""
+        return next((r for r in self.refusals if (r.path, r.location) == (path, location)), None)
 
-    def restart_as_stock(self, reason: str) -> NoReturn:
+    def restart_as_stock(self, refusals: list[Refusal]) -> NoReturn:
+        """Trace the frame again with its loops left as stock Dynamo has them.
+
+        With ``fullgraph=True`` stock Dynamo could do nothing with any loop: there the others stay rolled, so that the
+        error is raised at a loop that was refused.
+        """
         log = self.tx.speculation_log  # lives as long as the frame's tracing, restarts included
         log.clear()
-        log.moe_rewrite_refusal = reason
-        raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {reason}")
+        log.moe_rewrite_refusals = [*self.refusals, *refusals]
+        raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {'; '.join(map(str, refusals))}")
 
 
 def current() -> FrameCapture | None:
@@ -69,11 +76,11 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         except Exception as error:
             dynamo.abandon(tx)
             raise dynamo.error_shown_as_is(error) from None
-        refusal = getattr(tx.speculation_log, "moe_rewrite_refusal", None)
-        if refusal is None:
+        refusals = getattr(tx.speculation_log, "moe_rewrite_refusals", [])
+        if not refusals:
             dynamo.allow_data_dependent_shapes(tx.output)
         outer = current()
-        _active.capture = FrameCapture(tx, session, refusal)
+        _active.capture = FrameCapture(tx, session, refusals)
         try:
             with dynamo.same_scope_after():
                 return original(tx)
@@ -88,24 +95,26 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
 def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
     """``iter(tensor)``: roll the loop when the rows are the positions set in a mask of known length."""
     capture = current()
-    if capture is None or capture.tx.output is not tx.output:
+    if capture is None or capture.tx.output is not tx.output or (capture.refusals and not tx.one_graph):
         return original(hits, tx)
-    mask = hit_mask(hits.as_proxy().node)
+    node = hits.as_proxy().node
+    mask = hit_mask(node)
     if mask is None:
         return original(hits, tx)
-    if capture.refusal is not None:
-        if tx.one_graph:
-            dynamo.graph_break(
-                "Mixture-of-Experts loop not rewritten",
-                f"moe_rewrite leaves this loop as it is: {capture.refusal}",
-                ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
-            )
-        return original(hits, tx)
-    if capture.session.experts_backend(module_path(hits.as_proxy().node)) == "eager":
-        capture.refuse("experts backend 'eager' is configured for it", tx)
+    path, location = capture.session.full_path(module_path(node)), dynamo.user_location(tx)
+    refusal = capture.refusal_of(path, location)
+    if refusal is not None:
+        dynamo.graph_break(
+            "Mixture-of-Experts loop not rewritten",
+            f"moe_rewrite leaves this loop as it is: {refusal}",
+            ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
+        )
+    loop = RolledIterator(hits, example_value(mask).shape[0], capture, path, location)
+    if capture.session.leaves_alone(path):
+        loop.refuse("experts backend 'eager' is configured for it")
     if not dynamo.is_get_iter(tx):
-        capture.refuse("the hits are iterated by something other than a plain `for` statement", tx)
-    return RolledIterator(hits, mask.meta["example_value"].shape[0], capture)
+        loop.refuse("the hits are iterated by something other than a plain `for` statement")
+    return loop
 
 
 def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = None) -> Any:

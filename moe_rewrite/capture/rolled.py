@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo
+from moe_rewrite.loop import Refusal
+from moe_rewrite.report import LoopReport
 
 MAX_PATHS = 8
 """How many different ways through one body are traced before the loop is refused."""
@@ -54,15 +56,27 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         hits: the variable of the tensor that the loop iterates, ``[u]`` or ``[u, 1]`` int64.
         num_values: how many values the rows can have (0 to ``num_values - 1``).
         frame: the capture that this loop belongs to.
+        path: path of the module that the loop stands in.
+        location: the user's ``file:line`` of the loop.
     """
 
-    def __init__(self, hits: Any, num_values: int, frame: Any, **kwargs: Any) -> None:
+    def __init__(self, hits: Any, num_values: int, frame: Any, path: str, location: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.hits = hits
         self.frame = frame
+        self.module_path = path
+        self.location = location
         self.waiting: list[list[int]] = [list(range(num_values))]
         self.paths_traced = 0
         self.path: Path | None = None
+
+    def refuse(self, reason: str, tx: Any = None) -> NoReturn:
+        """Leave the loop as stock Dynamo has it. ``tx``: where in the body the reason stands."""
+        where = "" if tx is None else f", at {dynamo.user_location(tx)}"
+        refusal = Refusal(self.module_path, self.location, f"{reason}{where}")
+        self.frame.session.refused([LoopReport.of_refusal(refusal)])
+        self.frame.restart_as_stock([refusal])
+        raise AssertionError("unreachable")
 
     def python_type(self) -> type:
         return type(iter(()))  # what iter(tensor) is in eager
@@ -73,7 +87,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
 
     def next_variable(self, tx: Any) -> Any:
         if not dynamo.is_for_loop_over(tx, self):
-            self.frame.refuse("the hits are iterated by something other than a plain `for` statement", tx)
+            self.refuse("the hits are iterated by something other than a plain `for` statement", tx)
         if self.path is not None:
             self._close_path(tx, self.path)
         if not self.waiting:
@@ -83,11 +97,11 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
 
     def _open_path(self, tx: Any) -> Any:
         if self.paths_traced == MAX_PATHS:
-            self.frame.refuse(f"the body takes more than {MAX_PATHS} different ways, depending on the expert's index", tx)
+            self.refuse(f"the body takes more than {MAX_PATHS} different ways, depending on the expert's index", tx)
         self.paths_traced += 1
         if self not in self.frame.loops:
             if self.frame.loops:
-                self.frame.refuse("a loop over experts stands inside another one", tx)
+                self.refuse("a loop over experts stands inside another one", tx)
             self.frame.loops.append(self)
         row = dynamo.call_in_graph(tx, markers.loop_begin, [self.hits])
         index = ExpertIndexVariable.wrap(row, self)
@@ -106,14 +120,16 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         now = dynamo.local_variables(tx)
         changed = (name for name, value in now.items() if path.locals_at_start.get(name) is not value)
         for name in filter(lambda name: dynamo.is_live(tx, name), changed):
-            self.frame.refuse(f"local variable `{name}` is changed by one iteration and read by the next, or after the loop", tx)
+            self.refuse(
+                f"local variable `{name}` is changed by one iteration and read by the next, or after the loop", tx
+            )
         dynamo.call_in_graph(tx, markers.loop_end, [path.index.as_tensor(), _ranges(path.experts), path.assumes_rows])
 
     def decide(self, tx: Any, holds: Callable[[int], bool]) -> bool:
         """Answer a question about the index so that the answer holds for all index values of the path."""
         path = self.path
         if path is None:
-            self.frame.refuse("the expert's index is used after its iteration", tx)
+            self.refuse("the expert's index is used after its iteration", tx)
         yes = [value for value in path.experts if holds(value)]
         no = [value for value in path.experts if not holds(value)]
         if yes and no:
@@ -124,7 +140,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
 
     def reconstruct(self, codegen: Any) -> NoReturn:
         """Dynamo wants the iterator back as bytecode: the graph breaks inside the body."""
-        self.frame.refuse("the graph breaks inside the loop's body", codegen.tx)
+        self.refuse("the graph breaks inside the loop's body", codegen.tx)
 
 
 def _ranges(values: Iterable[int]) -> list[int]:
@@ -141,7 +157,7 @@ def _ranges(values: Iterable[int]) -> list[int]:
 class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[misc]
     """The symbolic index: every torch function applied to it comes to :meth:`call_torch_function`."""
 
-    _nonvar_fields = {"iterator", *dynamo.TensorWithTFOverrideVariable._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"iterator", *dynamo.TensorWithTFOverrideVariable._nonvar_fields}
 
     def __init__(self, *, iterator: RolledIterator, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -199,7 +215,7 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
         keys = list(key.items) if dynamo.is_tuple(key) else [key]
         dim = keys.index(self) if self in keys else -1
         if dim < 0 or not isinstance(container, dynamo.TensorVariable) or not all(map(_is_full_slice, keys[:dim])):
-            self.iterator.frame.refuse("the expert's index is used in a way of indexing that is not understood", tx)
+            self.iterator.refuse("the expert's index is used in a way of indexing that is not understood", tx)
         selected = dynamo.call_in_graph(tx, markers.select, [_plain(container), dim, self.as_number(tx).as_tensor()])
         if self.ndim == 1:  # indexing with a row of one keeps a dimension of one
             selected = selected.call_method(tx, "unsqueeze", [dynamo.constant(tx, dim)], {})

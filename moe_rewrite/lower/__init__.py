@@ -1,7 +1,7 @@
 """The experts backends: what a loop is rewritten into.
 
-An experts backend is one function of an :class:`ExpertsLoop` and its :class:`Lifted` values, in a small file of its own,
-and one line in the registry below.
+An experts backend is one function of an :class:`ExpertsLoop` and its :class:`Lifted` values, in a small file of its
+own, and one line in the registry below.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = [
     "ExpertsBackend",
     "Lifted",
     "Pairs",
-    "choose",
     "check_name",
+    "choose",
     "list_experts_backends",
     "register_experts_backend",
 ]

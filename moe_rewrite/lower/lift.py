@@ -77,9 +77,8 @@ class Lifted:
         if step.op is Primitive.EXPERT_INDEX:
             row = step.result.example
             return torch.arange(num_experts, device=row.device).reshape(num_experts, *row.shape)
-        args, kwargs = self._arguments(step)
         if step.op is Primitive.SELECT_EXPERT:
-            table, dim = args
+            table, dim = self._values[step.args[0]], step.args[1]
             table = table.movedim(dim, 0) if dim else table
             return table if table.shape[0] == num_experts else table.narrow(0, 0, num_experts)
         leaves, spec = pytree.tree_flatten((step.args, step.kwargs))

@@ -19,7 +19,7 @@ class Pairs:
         expert: the expert of each pair, ``[P]`` int64 in ``[0, num_experts)``; some expert for pairs of none.
         valid: whether the pair has an expert in this loop, ``[P]`` bool; None where all have.
         position: where each pair stands among the flattened expert ids, ``[P]`` int64.
-        inverse: where each entry of the flattened expert ids stands among the pairs, ``[P]`` int64; None in token order.
+        inverse: where each entry of the flattened expert ids stands among the pairs, ``[P]``; None in token order.
         offsets: where the pairs of each expert end, ``[num_experts]`` int32; None in token order. Pairs of no expert
             come after the last of them.
         shape: shape of the expert ids.

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from moe_rewrite.loop import ExpertsLoop, Primitive, Refusal, Step, TopKDispatch, Value
+from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Refusal, Step, TopKDispatch, Value
+from moe_rewrite.nodes import example_value
 from moe_rewrite.recognise import provenance
-from moe_rewrite.recognise.aten import example_value, retrace
+from moe_rewrite.recognise.aten import retrace
 from moe_rewrite.recognise.bounds import upper_bound
 from moe_rewrite.recognise.hits import hit_mask
 from moe_rewrite.recognise.membership import Form
@@ -92,6 +93,8 @@ def _loop(
     rows = program.rows_of
     if rows is None or rows.ids is None:
         raise Refused("the body does not select rows by the expert's index")
+    if program.value(rows.ids).kind is not Kind.INVARIANT:
+        raise Refused("the expert ids depend on the iteration", rows.ids)
     _check_aliases(inputs, {combine.accumulator for combine in program.combines})
     ids, visits = program.value(rows.ids), program.meanings.get(hits)
     visits_all = visits is not None and visits.form in (Form.COUNT, Form.ANY) and visits.ids is rows.ids
@@ -116,7 +119,7 @@ def _integer_slice(roots: Iterable[fx.Node]) -> list[fx.Node]:
     tensors that something changes in place: those hold different values at different times.
     """
     found: set[fx.Node] = set()
-    waiting = [root for root in roots]
+    waiting = list(roots)
     while waiting:
         node = waiting.pop()
         if node in found or node.op not in ("call_function", "call_method"):
@@ -184,5 +187,3 @@ def _experts(region: Region, steps: tuple[Step, ...]) -> tuple[tuple[range, ...]
     if not experts:
         raise Refused("the loop has no expert")
     return experts, max(r.stop for r in experts)
-
-

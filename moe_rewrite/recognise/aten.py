@@ -7,44 +7,41 @@ So the pieces whose meaning has to be proved are judged on ATen.
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._decomp import get_decompositions
+from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_rewrite import markers
+from moe_rewrite.nodes import example_value, short_name
 
 # Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand.
-_DECOMPOSED = (torch.ops.aten.native_layer_norm,)
-
-_AUTOCAST_NODES = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+_DECOMPOSED = [torch.ops.aten.native_layer_norm]
 
 
-def example_value(node: fx.Node) -> Any:
-    """The fake value of a node: Dynamo's ``example_value``, or ``val`` in a graph that ``make_fx`` made."""
-    value = node.meta.get("example_value")
-    return node.meta.get("val") if value is None else value
+def trace(fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """``fn`` of the values of ``inputs`` as a graph of ATen operators, in their fake mode and with their symbols.
 
-
-def trace(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
-    """``fn`` as a graph of ATen operators over the fake ``values``, which keep their fake mode and symbols."""
-    from torch._guards import detect_fake_mode
-
+    Its placeholders are named after ``inputs``.
+    """
+    values = [example_value(node) for node in inputs]
     fake_mode = detect_fake_mode(values)
     shape_env = fake_mode.shape_env if fake_mode is not None else None
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
     with fresh, torch.no_grad(), fake_mode or contextlib.nullcontext():
-        return make_fx(
+        gm = make_fx(
             fn,
             decomposition_table=get_decompositions(_DECOMPOSED),
             tracing_mode="symbolic",
             _error_on_data_dependent_ops=False,
         )(*detached)
+    for placeholder, node in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        placeholder._rename(short_name(node))
+    return gm
 
 
 def retrace(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
@@ -66,7 +63,7 @@ def retrace(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequen
         return [env[node] for node in results]
 
     with autocast_of(nodes[0]) if nodes else contextlib.nullcontext():
-        return trace(run, [example_value(node) for node in inputs])
+        return trace(run, inputs)
 
 
 def _run_node(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
-from moe_rewrite.recognise.aten import example_value
+from moe_rewrite.nodes import example_value, first_input, operation
 
-_INDICES_ALONG = {"topk": 2, "sort": 1, "argsort": 1, "argmax": 1, "argmin": 1, "max": 1, "min": 1}
-"""Operations whose (second) result are positions along a dimension, with the place of their ``dim`` argument."""
+_DIM_ARGUMENT = {"topk": (2, -1), "sort": (1, -1), "argsort": (1, -1), "argmax": (1, None), "max": (1, None)}
+"""Operations that give positions along a dimension: the place of their ``dim`` argument, and its default."""
 
-_SAME_ENTRIES = frozenset(
-    "view reshape flatten squeeze unsqueeze permute transpose contiguous clone detach long to int t expand".split()
-)
+_SAME_ENTRIES = {
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand"),
+    *("contiguous", "clone", "detach", "long"),
+}
 
 
 def upper_bound(ids: fx.Node) -> int | None:
     """A number that all entries of ``ids`` are below, while none is below 0; None where the graph does not say."""
     node = ids
-    while True:
-        name = _name(node)
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if source is None:
+    while (source := first_input(node)) is not None:
+        if _is_changed(node):
             return None
-        if node.target is operator.getitem:
-            if node.args[1] != 1 or _name(source) not in ("topk", "sort", "max", "min"):
-                return None
-            return _length_along(source)
-        if name in ("argsort", "argmax", "argmin"):
+        name = operation(node)
+        if name == "getitem":
+            positions = node.args[1] == 1 and operation(source) in ("topk", "sort", "max")
+            return _length_along(source) if positions else None
+        if name in ("argsort", "argmax"):
             return _length_along(node)
-        if name not in _SAME_ENTRIES or _is_mutated(node):
+        if name not in _SAME_ENTRIES:
             return None
         node = source
+    return None
 
 
-def _is_mutated(node: fx.Node) -> bool:
+def _is_changed(node: fx.Node) -> bool:
+    """Whether something wrote into the tensor after it was made."""
     value = example_value(node)
     return isinstance(value, torch.Tensor) and value._version > 0
 
 
 def _length_along(node: fx.Node) -> int | None:
     """The length of the dimension that ``node`` returns positions along."""
-    source = node.args[0]
-    value = example_value(source) if isinstance(source, fx.Node) else None
-    if not isinstance(value, torch.Tensor):
-        return None
-    place = _INDICES_ALONG[_name(node)]
-    default = -1 if _name(node) in ("topk", "sort", "argsort") else None
+    source = first_input(node)
+    value = example_value(source) if source is not None else None
+    place, default = _DIM_ARGUMENT[operation(node)]
     dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else default)
-    if not isinstance(dim, int):
+    if not isinstance(value, torch.Tensor) or not isinstance(dim, int):
         return None
     length = value.shape[dim]
     return length if isinstance(length, int) else None
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    name = getattr(node.target, "__name__", "")
-    return name.partition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else name

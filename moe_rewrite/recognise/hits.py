@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
-_NONZERO = {"nonzero", "argwhere"}
+from moe_rewrite.nodes import example_value, first_input, operation
+
 _KEEPS_ROWS = {"squeeze", "flatten", "view", "reshape", "ravel", "contiguous", "clone", "detach", "long", "cpu", "to"}
 
 
@@ -19,41 +18,29 @@ def hit_mask(hits: fx.Node) -> fx.Node | None:
     """
     node = hits
     while True:
-        value = node.meta.get("example_value")
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        value, name, source = example_value(node), operation(node), first_input(node)
+        if source is None or not isinstance(value, torch.Tensor) or not _is_one_integer_per_row(value):
             return None
-        if value.dim() > 2 or (value.dim() == 2 and not _is_one(value.shape[1])):
-            return None
-        name, source = _operation(node)
-        if source is None:
-            return None
-        if name in _NONZERO and len(node.args) == 1 and not node.kwargs.get("as_tuple"):
-            return source if _is_mask_of_known_length(source) else None
+        if name in ("nonzero", "argwhere"):
+            plain = len(node.args) == 1 and not node.kwargs
+            return source if plain and _is_mask_of_known_length(source) else None
         if name in _KEEPS_ROWS or (name == "getitem" and _is_first_column(node.args[1])):
             node = source
-        elif name == "getitem" and node.args[1] == 0 and _operation(source)[0] in {"where", "nonzero"}:
-            inner = source.args[0]  # torch.where(mask)[0], mask.nonzero(as_tuple=True)[0]
-            single = len(source.args) == 1
-            return inner if single and isinstance(inner, fx.Node) and _is_mask_of_known_length(inner) else None
+        elif name == "getitem" and node.args[1] == 0 and operation(source) in ("where", "nonzero"):
+            mask = first_input(source)  # torch.where(mask)[0], mask.nonzero(as_tuple=True)[0]
+            return mask if len(source.args) == 1 and mask is not None and _is_mask_of_known_length(mask) else None
         else:
             return None
 
 
-def _operation(node: fx.Node) -> tuple[str, fx.Node | None]:
-    """The name of the tensor operation and its first argument."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
-        return "", None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return ("getitem" if node.target is operator.getitem else name), node.args[0]
+def _is_one_integer_per_row(value: torch.Tensor) -> bool:
+    column = value.dim() == 1 or (value.dim() == 2 and isinstance(value.shape[1], int) and value.shape[1] == 1)
+    return column and value.dtype in (torch.int64, torch.int32)
 
 
 def _is_mask_of_known_length(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
+    value = example_value(node)
     return isinstance(value, torch.Tensor) and value.dim() == 1 and isinstance(value.shape[0], int)
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _is_first_column(key: object) -> bool:

@@ -7,7 +7,9 @@ import re
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_ATTRIBUTES = re.compile(r"\._modules\['(?P<name>[^']*)'\]|\._modules\.(?P<plain>\w+)|\[(?:'|\")?(?P<key>[^\]'\"]+)(?:'|\")?\]")
+_ATTRIBUTES = re.compile(
+    r"\._modules\['(?P<name>[^']*)'\]|\._modules\.(?P<plain>\w+)|\[(?:'|\")?(?P<key>[^\]'\"]+)(?:'|\")?\]"
+)
 
 
 def module_path(node: fx.Node) -> str:

@@ -170,7 +170,7 @@ class RowProgram:
     # --- operators -------------------------------------------------------------------------------------------------
 
     def _operator(self, node: fx.Node, op: torch._ops.OpOverload) -> Any:
-        if any(self._nonzero_behind(source) is not None for source in node.all_input_nodes if source.target is aten.nonzero.default):
+        if any(source.target is aten.nonzero.default for source in node.all_input_nodes):
             raise Refused("the table of selected positions is used as a whole", node)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self._values[n])  # type: ignore[misc]
         given = rules.arguments(op, args, kwargs)
@@ -258,7 +258,7 @@ class RowProgram:
 
     def _gather(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any) -> Value:
         """``source[token]``: each row reads at its own position of something that is no row."""
-        source = given.get("self", given.get("weight"))
+        source = given["self"] if "self" in given else given["weight"]
         indices = given["indices"] if op is not aten.index_select.default else [given["index"]]
         indices = indices if isinstance(indices, (list, tuple)) else [indices]
         if source.kind is not Kind.INVARIANT:

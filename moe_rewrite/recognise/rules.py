@@ -150,5 +150,3 @@ def rowwise_refusal(op: torch._ops.OpOverload, given: dict[str, Any], result: An
         return f"`{op}` is not known to act on each row alone"
     example = result[0] if isinstance(result, (tuple, list)) else result
     return rule(op, given, example)
-
-
