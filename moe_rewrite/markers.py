@@ -3,12 +3,12 @@
 A loop ``for expert in hits: body`` is captured *rolled*: its body stands in the graph once,
 for one symbolic expert, between two markers::
 
-    index = moe_rewrite.loop_begin(hits)
+    index = moe_rewrite.loop_begin(hits, 0)
     ...                                    # the body; W[index] is moe_rewrite.select(W, 0, index)
     moe_rewrite.loop_end(index, [0, 8], True)
 
 Where Python in the body asks about the index (``if expert == num_experts: continue``) the body is
-captured once for each set of index values that takes the same way through it; ``loop_end`` names
+captured once for each set of index values that takes the same way through it, a *path*; ``loop_end`` names
 that set. Every marker raises when it is executed: a captured loop is rewritten or it is not run.
 """
 
@@ -22,15 +22,22 @@ from torch import Tensor
 from moe_rewrite.errors import MarkerExecutedError
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
-_LIBRARY.define("loop_begin(Tensor hits) -> Tensor")
+_LIBRARY.define("loop_begin(Tensor hits, int path) -> Tensor")
 _LIBRARY.define("select(Tensor input, int dim, Tensor index) -> Tensor")
+_LIBRARY.define("number(Tensor index, int num_values) -> SymInt")
 _LIBRARY.define("loop_end(Tensor index, int[] experts, bool assumes_rows) -> ()")
 
 loop_begin = torch.ops.moe_rewrite.loop_begin.default
-"""``loop_begin(hits) -> index``. Opens a loop over the rows of ``hits``; ``index`` has the shape of one row."""
+"""``loop_begin(hits, path) -> index``. Opens a loop over the rows of ``hits``; ``index`` has the shape of one row.
+
+``path`` counts the paths of one loop from 0.
+"""
 
 select = torch.ops.moe_rewrite.select.default
 """``select(input, dim, index)``. ``input.select(dim, index)`` for the symbolic index of a loop."""
+
+number = torch.ops.moe_rewrite.number.default
+"""``number(index, num_values) -> int``. ``index.item()``, a number from 0 to ``num_values - 1``."""
 
 loop_end = torch.ops.moe_rewrite.loop_end.default
 """``loop_end(index, experts, assumes_rows)``. Closes the loop that ``index`` opened.
@@ -49,12 +56,12 @@ def _refuse_to_run(*_: Any) -> NoReturn:
     )
 
 
-for _name in ("loop_begin", "select", "loop_end"):
+for _name in ("loop_begin", "select", "number", "loop_end"):
     _LIBRARY.impl(_name, _refuse_to_run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("moe_rewrite::loop_begin", lib=_LIBRARY)
-def _(hits: Tensor) -> Tensor:
+def _(hits: Tensor, path: int) -> Tensor:
     return hits.new_empty(hits.shape[1:])
 
 
@@ -65,6 +72,11 @@ def _(input: Tensor, dim: int, index: Tensor) -> Tensor:
     shape, stride = list(input.shape), list(input.stride())
     del shape[dim], stride[dim]
     return input.new_empty_strided(shape, stride)
+
+
+@torch.library.register_fake("moe_rewrite::number", lib=_LIBRARY)
+def _(index: Tensor, num_values: int) -> torch.SymInt:
+    return torch.library.get_ctx().new_dynamic_size(min=0, max=num_values - 1)
 
 
 @torch.library.register_fake("moe_rewrite::loop_end", lib=_LIBRARY)

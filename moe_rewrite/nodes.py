@@ -39,6 +39,24 @@ def operation(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if known else ""
 
 
+def is_written_to(node: fx.Node) -> bool:
+    """Whether something in the graph writes into the tensor of a node, or into one that shares its memory.
+
+    Dynamo runs in-place operators on the fake tensors of its graph, which count them.
+    """
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value._version > 0
+
+
+def shares_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Whether the tensors of two nodes lie in one storage."""
+    values = example_value(a), example_value(b)
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    first, second = (value.untyped_storage()._cdata for value in values)
+    return bool(first == second)
+
+
 def first_input(node: fx.Node) -> fx.Node | None:
     """The node that is the first argument; None where that is something else."""
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None

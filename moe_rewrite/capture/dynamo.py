@@ -281,6 +281,24 @@ def wrapper_like(wrapper: Any, options: dict[str, Any]) -> Any:
     return torch._TorchCompileWrapper(wrapper.compiler_fn, None, options, wrapper.dynamic)
 
 
+def condition_on(variable: Any, number: Any) -> Callable[[int], bool] | None:
+    """A symbolic condition as a function of the value of ``number``, where it depends on nothing else.
+
+    torch 2.11, 2.13.
+    """
+    condition = getattr(getattr(variable.sym_num, "node", None), "expr", None)
+    symbol = number.sym_num.node.expr
+    if not getattr(condition, "is_Boolean", False) or getattr(condition, "free_symbols", None) != {symbol}:
+        return None
+    return lambda value: bool(condition.subs(symbol, value))
+
+
+def narrow(number: Any, low: int, high: int) -> None:
+    """Tell the shape environment that a symbolic integer is from ``low`` to ``high``. torch 2.11, 2.13."""
+    torch._check(number.sym_num >= low)
+    torch._check(number.sym_num <= high)
+
+
 # --- hooks -----------------------------------------------------------------------------------------------------------
 
 

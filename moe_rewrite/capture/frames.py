@@ -121,6 +121,9 @@ def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = No
     """A size becomes a Python number. In a rolled body, rows are never empty: experts without rows are not visited."""
     capture = current()
     if capture is not None and capture.loops and capture.tx.output is output:
+        answer = capture.loops[-1].decide_number(variable)
+        if answer is not None:
+            return answer
         path = capture.loops[-1].path
         if path is not None and dynamo.assume_not_empty(variable, output, path.symbols_at_start):
             path.assumes_rows = True

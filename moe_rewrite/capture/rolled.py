@@ -28,13 +28,9 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 }
 _REFLECTED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
-# What leaves the index as it is, and what makes a plain number of a row of one.
+# What leaves the index as it is, and what makes a Python number of it.
 _SAME_INDEX = frozenset(("clone", "contiguous", "cpu", "detach", "long"))
-_TO_NUMBER = frozenset(("__index__", "__int__", "item", "squeeze"))
-
-
-class ExpertIndex(torch.Tensor):
-    """The Python type that Dynamo sees for the symbolic index of a rolled loop."""
+_TO_NUMBER = frozenset(("__index__", "__int__", "int", "item"))
 
 
 @dataclasses.dataclass
@@ -46,6 +42,7 @@ class Path:
     locals_at_start: dict[str, Any]
     symbols_at_start: frozenset[Any]
     scope: Any
+    number: Any = None  # the variable of the index as a Python number, once the body has asked for it
     assumes_rows: bool = False
 
 
@@ -103,7 +100,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             if self.frame.loops:
                 self.refuse("a loop over experts stands inside another one", tx)
             self.frame.loops.append(self)
-        row = dynamo.call_in_graph(tx, markers.loop_begin, [self.hits])
+        row = dynamo.call_in_graph(tx, markers.loop_begin, [self.hits, self.paths_traced - 1])
         index = ExpertIndexVariable.wrap(row, self)
         self.path = Path(
             experts=self.waiting.pop(),
@@ -117,26 +114,34 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
     def _close_path(self, tx: Any, path: Path) -> None:
         dynamo.leave_scope(path.scope)
         self.path = None
-        now = dynamo.local_variables(tx)
-        changed = (name for name, value in now.items() if path.locals_at_start.get(name) is not value)
+        before, now = path.locals_at_start, dynamo.local_variables(tx)
+        changed = (name for name in {**before, **now} if before.get(name) is not now.get(name))
         for name in filter(lambda name: dynamo.is_live(tx, name), changed):
             self.refuse(
                 f"local variable `{name}` is changed by one iteration and read by the next, or after the loop", tx
             )
         dynamo.call_in_graph(tx, markers.loop_end, [path.index.as_tensor(), _ranges(path.experts), path.assumes_rows])
 
-    def decide(self, tx: Any, holds: Callable[[int], bool]) -> bool:
+    def decide(self, holds: Callable[[int], bool]) -> bool:
         """Answer a question about the index so that the answer holds for all index values of the path."""
         path = self.path
         if path is None:
-            self.refuse("the expert's index is used after its iteration", tx)
+            self.refuse("the expert's index is used after its iteration")
         yes = [value for value in path.experts if holds(value)]
         no = [value for value in path.experts if not holds(value)]
         if yes and no:
             path.experts, other = (yes, no) if len(yes) > len(no) else (no, yes)
             self.waiting.append(other)
+            if path.number is not None:
+                dynamo.narrow(path.number, min(path.experts), max(path.experts))
             return path.experts is yes
         return bool(yes)
+
+    def decide_number(self, variable: Any) -> bool | None:
+        """Answer a condition on the index as a Python number; None where ``variable`` is no such condition."""
+        number = self.path.number if self.path is not None else None
+        holds = None if number is None else dynamo.condition_on(variable, number)
+        return None if holds is None else self.decide(holds)
 
     def reconstruct(self, codegen: Any) -> NoReturn:
         """Dynamo wants the iterator back as bytecode: the graph breaks inside the body."""
@@ -167,7 +172,7 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
     def wrap(cls, tensor: Any, iterator: RolledIterator) -> ExpertIndexVariable:
         """The index whose value in the graph is ``tensor``, a row of the iterated hits."""
         fields = dict(tensor.__dict__)
-        fields["class_type"] = ExpertIndex
+        fields["class_type"] = torch.Tensor
         return cls(iterator=iterator, **fields)
 
     def as_tensor(self) -> Any:
@@ -181,6 +186,8 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
             return self
         if name in _TO_NUMBER:
             return self.as_number(tx)
+        if name == "squeeze":
+            return self.as_scalar(tx)
         return super().call_method(tx, name, args, kwargs)
 
     def call_torch_function(self, tx: Any, fn: Any, types: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
@@ -190,6 +197,8 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
             return self
         if name in _TO_NUMBER:
             return self.as_number(tx)
+        if name == "squeeze":
+            return self.as_scalar(tx)
         if name in _COMPARISONS and len(arguments) == 2:
             answer = self._compare(tx, name, *arguments)
             if answer is not None:
@@ -199,7 +208,7 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
             if container is not self:
                 return self._select(tx, container, key)
             if self.ndim == 1 and key.is_python_constant() and key.as_python_constant() in (0, -1):
-                return self.as_number(tx)
+                return self.as_scalar(tx)
         plain = [_plain(argument) for argument in arguments]
         return fn.call_function(tx, plain, {key: _plain(value) for key, value in kwargs.items()})
 
@@ -209,25 +218,61 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
             return None
         compare = _COMPARISONS[name if left is self else _REFLECTED[name]]
         constant = other.as_python_constant()
-        return dynamo.constant(tx, self.iterator.decide(tx, lambda value: compare(value, constant)))
+        return ExpertCondition(tx, self, lambda value: compare(value, constant))
 
     def _select(self, tx: Any, container: Any, key: Any) -> Any:
         keys = list(key.items) if dynamo.is_tuple(key) else [key]
         dim = keys.index(self) if self in keys else -1
         if dim < 0 or not isinstance(container, dynamo.TensorVariable) or not all(map(_is_full_slice, keys[:dim])):
             self.iterator.refuse("the expert's index is used in a way of indexing that is not understood", tx)
-        selected = dynamo.call_in_graph(tx, markers.select, [_plain(container), dim, self.as_number(tx).as_tensor()])
+        selected = dynamo.call_in_graph(tx, markers.select, [_plain(container), dim, self.as_scalar(tx).as_tensor()])
         if self.ndim == 1:  # indexing with a row of one keeps a dimension of one
             selected = selected.call_method(tx, "unsqueeze", [dynamo.constant(tx, dim)], {})
         rest = keys[:dim] + [dynamo.full_slice()] * self.ndim + keys[dim + 1 :]
         return selected if all(map(_is_full_slice, rest)) else dynamo.index(tx, selected, rest)
 
-    def as_number(self, tx: Any) -> ExpertIndexVariable:
-        """The index as a 0-dim tensor variable, which stands for a Python number too."""
+    def as_scalar(self, tx: Any) -> ExpertIndexVariable:
+        """The index as a 0-dim tensor variable."""
         if self.ndim == 0:
             return self
-        number = self.as_tensor().call_method(tx, "reshape", [dynamo.tuple_of([])], {})
-        return ExpertIndexVariable.wrap(number, self.iterator)
+        scalar = self.as_tensor().call_method(tx, "reshape", [dynamo.tuple_of([])], {})
+        return ExpertIndexVariable.wrap(scalar, self.iterator)
+
+    def as_number(self, tx: Any) -> Any:
+        """The index as a Python number: a symbolic integer."""
+        path = self.iterator.path
+        if path is None:
+            self.iterator.refuse("the expert's index is used after its iteration", tx)
+        if path.number is None:
+            tensor = self.as_scalar(tx).as_tensor()
+            path.number = dynamo.call_in_graph(tx, markers.number, [tensor, max(path.experts) + 1])
+        return path.number
+
+
+class ExpertCondition(dynamo.SymNodeVariable):  # type: ignore[misc]
+    """A comparison of the index, of which only the truth is asked (``if``, ``while``, ``and``, ``or``, ``not``).
+
+    In eager it is a tensor, and as a value it would have to be one here. To Dynamo it is a symbolic truth that nothing
+    is known of, so that no code of Dynamo's can answer in the place of :meth:`evaluate_expr`.
+    """
+
+    def __init__(self, tx: Any, index: ExpertIndexVariable, holds: Callable[[int], bool]) -> None:
+        unknown = dynamo.call_in_graph(tx, markers.number, [index.as_scalar(tx).as_tensor(), 2**62])
+        super().__init__(unknown.proxy, unknown.sym_num == 2**31)
+        self.iterator = index.iterator
+        self.holds = holds
+
+    def python_type(self) -> type:
+        return torch.Tensor
+
+    def evaluate_expr(self, output: Any = None) -> bool:
+        return self.iterator.decide(self.holds)
+
+    def as_proxy(self) -> NoReturn:
+        self.iterator.refuse("a comparison of the expert's index is used as a value")
+
+    def as_tensor(self, *args: Any) -> NoReturn:
+        self.as_proxy()
 
 
 def _plain(variable: Any) -> Any:

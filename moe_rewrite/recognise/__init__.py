@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Refusal, Step, TopKDispatch, Value
-from moe_rewrite.nodes import example_value
+from moe_rewrite.nodes import example_value, is_written_to, operation, shares_memory
 from moe_rewrite.recognise import provenance
 from moe_rewrite.recognise.aten import retrace
 from moe_rewrite.recognise.bounds import upper_bound
@@ -43,7 +43,31 @@ class Finding:
 
 def find_loops(gm: fx.GraphModule) -> list[Finding]:
     """What the captured loop bodies of ``gm`` mean, in order."""
-    return [Finding(region, _understand(region)) for region in find_regions(gm.graph)]
+    findings = [Finding(region, _understand(region)) for region in find_regions(gm.graph)]
+    return [_apart_from_other_paths(finding, findings) for finding in findings]
+
+
+def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Finding:
+    """Refuse a path that reads what another path of the same loop adds to: in eager they take turns."""
+    loop = finding.outcome
+    if not isinstance(loop, ExpertsLoop):
+        return finding
+    mine = {loop.inputs[combine.accumulator] for combine in loop.combines}
+    read = [node for node in loop.inputs if node not in mine]
+    for other in findings:
+        if (
+            other is finding
+            or other.region.loop is not finding.region.loop
+            or not isinstance(other.outcome, ExpertsLoop)
+        ):
+            continue
+        theirs = {other.outcome.inputs[combine.accumulator] for combine in other.outcome.combines}
+        if any(shares_memory(a, b) for a in theirs for b in read) or any(
+            a is not b and shares_memory(a, b) for a in theirs for b in mine
+        ):
+            reason = "one way through the body reads what another one adds to"
+            return Finding(finding.region, Refusal(loop.path, loop.location, reason))
+    return finding
 
 
 def _understand(region: Region) -> ExpertsLoop | Refusal | NoEffect:
@@ -72,7 +96,7 @@ def _prove(region: Region, path: str, location: str) -> ExpertsLoop | NoEffect:
     computed = set(nodes)
     wanted = dict.fromkeys([region.hits, *(n for node in nodes for n in node.all_input_nodes), mask])
     inputs = [node for node in wanted if node not in computed]
-    gm = _retraced(nodes, inputs, mask)
+    gm = _retraced(nodes, inputs, mask, region.begin)
     hits = gm.graph.output_node().args[0][0]  # type: ignore[index]
     program = RowProgram(gm.graph)
     if not program.combines:
@@ -80,9 +104,9 @@ def _prove(region: Region, path: str, location: str) -> ExpertsLoop | NoEffect:
     return _loop(region, path, location, inputs, program, hits)  # type: ignore[arg-type]
 
 
-def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], mask: fx.Node) -> fx.GraphModule:
+def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], mask: fx.Node, begin: fx.Node) -> fx.GraphModule:
     try:
-        return retrace(nodes, inputs, [mask])
+        return retrace(nodes, inputs, [mask], begin)
     except Exception as error:
         raise Refused(f"the body cannot be traced to ATen operators: {type(error).__name__}: {error}") from error
 
@@ -124,7 +148,7 @@ def _integer_slice(roots: Iterable[fx.Node]) -> list[fx.Node]:
         node = waiting.pop()
         if node in found or node.op not in ("call_function", "call_method"):
             continue
-        if not _is_unchanging_integer(node) or not node.all_input_nodes:
+        if not _is_unchanging_integer(node) or not (node.all_input_nodes or operation(node) == "arange"):
             continue
         if all(_is_unchanging_integer(source) for source in node.all_input_nodes):
             found.add(node)
@@ -139,17 +163,20 @@ def _is_unchanging_integer(node: fx.Node) -> bool:
         return True
     if not isinstance(value, torch.Tensor):
         return False
-    return not value.is_floating_point() and not value.is_complex() and value._version == 0
+    return not value.is_floating_point() and not value.is_complex() and not is_written_to(node)
 
 
 def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
     """An accumulator that shares memory with something else that the body reads is read while it changes."""
     for position in accumulators:
-        mine = example_value(inputs[position]).untyped_storage()
-        for other, node in enumerate(inputs):
-            value = example_value(node)
-            if other != position and isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == mine._cdata:
-                raise Refused("the accumulator shares its memory with something that the body reads", node)
+        accumulator = inputs[position]
+        if any(shares_memory(accumulator, other) for i, other in enumerate(inputs) if i != position):
+            raise Refused("the accumulator shares its memory with something that the body reads", accumulator)
+        if any(shares_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
+            # Two inputs of a graph may overlap in one call and not in the next; no guard would tell.
+            raise Refused(
+                "the accumulator is an input of the graph, and may share memory with another one", accumulator
+            )
 
 
 def _live_steps(program: RowProgram, extra: list[Value]) -> tuple[Step, ...]:
@@ -162,6 +189,8 @@ def _live_steps(program: RowProgram, extra: list[Value]) -> tuple[Step, ...]:
         if id(step.result) in needed or (step.op is Primitive.INPUT and step.args[0] in accumulators):
             live.append(step)
             needed.update(id(value) for value in _values((step.args, step.kwargs)))
+    if needed - {id(step.result) for step in live}:
+        raise Refused("the mask that selects an expert's rows is used for more than that")
     return tuple(reversed(live))
 
 

@@ -44,11 +44,20 @@ def trace(fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
     return gm
 
 
-def retrace(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+def retrace(
+    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node], at: fx.Node
+) -> fx.GraphModule:
     """The ATen graph of ``nodes``: a placeholder for each of ``inputs``, and ``results`` as its outputs.
 
-    Values computed where the graph switches gradients off are detached, so that the retraced graph says so itself.
+    Casts that autocast makes at node ``at`` are operators of the graph. Values computed where ``nodes`` switch
+    gradients off are detached, so that the retraced graph says so itself.
+
+    Raises:
+        NotImplementedError: ``nodes`` switch gradients on where they are off.
     """
+    switches = [node.args[0] for node in nodes if node.target is torch._C._set_grad_enabled]
+    if switches and switches[0] and not switches[-1]:
+        raise NotImplementedError("gradients are switched on inside, where they are off outside")
 
     def run(*values: Any) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
@@ -62,7 +71,7 @@ def retrace(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequen
             env[node] = _detach(result) if detached else result
         return [env[node] for node in results]
 
-    with autocast_of(nodes[0]) if nodes else contextlib.nullcontext():
+    with autocast_of(at):
         return trace(run, inputs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_rewrite.nodes import example_value, first_input, operation
+from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
 
 _DIM_ARGUMENT = {"topk": (2, -1), "sort": (1, -1), "argsort": (1, -1), "argmax": (1, None), "max": (1, None)}
 """Operations that give positions along a dimension: the place of their ``dim`` argument, and its default."""
@@ -20,7 +20,7 @@ def upper_bound(ids: fx.Node) -> int | None:
     """A number that all entries of ``ids`` are below, while none is below 0; None where the graph does not say."""
     node = ids
     while (source := first_input(node)) is not None:
-        if _is_changed(node):
+        if is_written_to(node):
             return None
         name = operation(node)
         if name == "getitem":
@@ -32,12 +32,6 @@ def upper_bound(ids: fx.Node) -> int | None:
             return None
         node = source
     return None
-
-
-def _is_changed(node: fx.Node) -> bool:
-    """Whether something wrote into the tensor after it was made."""
-    value = example_value(node)
-    return isinstance(value, torch.Tensor) and value._version > 0
 
 
 def _length_along(node: fx.Node) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_rewrite.nodes import example_value, first_input, operation
+from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
 
 _KEEPS_ROWS = {"squeeze", "flatten", "view", "reshape", "ravel", "contiguous", "clone", "detach", "long", "cpu", "to"}
 
@@ -21,16 +21,27 @@ def hit_mask(hits: fx.Node) -> fx.Node | None:
         value, name, source = example_value(node), operation(node), first_input(node)
         if source is None or not isinstance(value, torch.Tensor) or not _is_one_integer_per_row(value):
             return None
+        if is_written_to(node) or is_written_to(source):
+            return None
         if name in ("nonzero", "argwhere"):
             plain = len(node.args) == 1 and not node.kwargs
             return source if plain and _is_mask_of_known_length(source) else None
         if name in _KEEPS_ROWS or (name == "getitem" and _is_first_column(node.args[1])):
             node = source
-        elif name == "getitem" and node.args[1] == 0 and operation(source) in ("where", "nonzero"):
-            mask = first_input(source)  # torch.where(mask)[0], mask.nonzero(as_tuple=True)[0]
-            return mask if len(source.args) == 1 and mask is not None and _is_mask_of_known_length(mask) else None
+        elif name == "getitem" and node.args[1] == 0 and _gives_a_tuple_of_positions(source):
+            mask = first_input(source)
+            known = mask is not None and _is_mask_of_known_length(mask) and not is_written_to(mask)
+            return mask if known else None
         else:
             return None
+
+
+def _gives_a_tuple_of_positions(node: fx.Node) -> bool:
+    """``torch.where(mask)`` or ``mask.nonzero(as_tuple=True)``."""
+    if len(node.args) != 1:
+        return False
+    name = operation(node)
+    return (name == "where" and not node.kwargs) or (name == "nonzero" and node.kwargs == {"as_tuple": True})
 
 
 def _is_one_integer_per_row(value: torch.Tensor) -> bool:

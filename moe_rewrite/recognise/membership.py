@@ -80,8 +80,10 @@ def _meaning(node: fx.Node, found: dict[fx.Node, Meaning]) -> Meaning | None:
     source = found.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None:
         return None
-    if target is markers.select:
+    if target is markers.select or (target is aten.select.int and is_index_number(node.args[2])):
         return _selected(node, source)
+    if target is aten.eq.Scalar and is_index_number(node.args[1]):
+        return Meaning(Form.SELECTED, source.labels, source.ids) if source.form is Form.IDS else None
     if target is aten.eq.Tensor:
         other = found.get(node.args[1])  # type: ignore[arg-type]
         return None if other is None else _equal(source, other) or _equal(other, source)
@@ -92,6 +94,11 @@ def _meaning(node: fx.Node, found: dict[fx.Node, Meaning]) -> Meaning | None:
     if target in (aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar, aten.eq.Scalar):
         return _thresholded(node, source)
     return _moved(node, source)
+
+
+def is_index_number(argument: object) -> bool:
+    """Whether an argument is the loop's index as a Python number."""
+    return isinstance(argument, fx.Node) and argument.target is markers.number
 
 
 def _selected(node: fx.Node, source: Meaning) -> Meaning | None:
@@ -130,7 +137,10 @@ def _reduced(node: fx.Node, source: Meaning) -> Meaning | None:
         return None
     keepdim = len(node.args) > 2 and bool(node.args[2])
     labels = tuple(None if i in wanted else EXPERT for i in range(value.dim()) if keepdim or i not in wanted)
-    return Meaning(Form.COUNT if node.target is aten.sum.dim_IntList else Form.ANY, labels, source.ids)
+    if node.target is not aten.sum.dim_IntList:
+        return Meaning(Form.ANY, labels, source.ids)
+    wide = node.meta["val"].dtype in (torch.int64, torch.int32)  # a narrow type could count round to 0
+    return Meaning(Form.COUNT, labels, source.ids) if wide else None
 
 
 def _thresholded(node: fx.Node, source: Meaning) -> Meaning | None:

@@ -20,6 +20,7 @@ class Region:
         inputs: the nodes before the loop whose values the body uses, in order of first use.
         experts: the index values for which the body holds.
         assumes_rows: the body holds only for experts that have rows.
+        loop: the ``loop_begin`` marker of the first path of the same loop.
     """
 
     begin: fx.Node
@@ -28,6 +29,7 @@ class Region:
     inputs: tuple[fx.Node, ...]
     experts: tuple[range, ...]
     assumes_rows: bool
+    loop: fx.Node
 
     @property
     def hits(self) -> fx.Node:
@@ -50,12 +52,14 @@ def find_regions(graph: fx.Graph) -> list[Region]:
     regions = []
     nodes = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
+    loop = None
     for begin in graph.find_nodes(op="call_function", target=markers.loop_begin):
+        loop = begin if begin.args[1] == 0 or loop is None else loop
         end = next((user for user in begin.users if user.target is markers.loop_end), None)
         body = tuple(nodes[position[begin] + 1 : position[end]]) if end is not None else ()
         inside = {begin, *body}
         inputs = dict.fromkeys(arg for node in body for arg in node.all_input_nodes if arg not in inside)
         bounds: list[int] = end.args[1] if end is not None else []  # type: ignore[assignment]
         experts = tuple(range(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True))
-        regions.append(Region(begin, end, body, tuple(inputs), experts, bool(end.args[2]) if end else False))
+        regions.append(Region(begin, end, body, tuple(inputs), experts, bool(end.args[2]) if end else False, loop))
     return regions

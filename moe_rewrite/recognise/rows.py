@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from moe_rewrite import markers
 from moe_rewrite.loop import Combine, Kind, Primitive, Step, Value
 from moe_rewrite.recognise import rules
-from moe_rewrite.recognise.membership import Form, Meaning, meanings
+from moe_rewrite.recognise.membership import Form, Meaning, is_index_number, meanings
 
 aten = torch.ops.aten
 
@@ -72,6 +72,10 @@ class RowProgram:
             return self._step(node, Kind.PER_EXPERT, Primitive.EXPERT_INDEX)
         if node.target is markers.select:
             return self._select(node)
+        if node.target is markers.number:
+            return self._step(node, Kind.PER_EXPERT, Primitive.EXPERT_INDEX)
+        if node.target is aten.select.int and is_index_number(node.args[2]):
+            return self._select(node)
         if node.target is aten.nonzero.default:
             return self._select_rows(node)
         if self._is_coordinate(node):
@@ -94,11 +98,11 @@ class RowProgram:
         if any(isinstance(arg, Value) and arg.kind is not Kind.INVARIANT for arg in args):
             if not node.users or all(user.target is aten._assert_scalar.default for user in node.users):
                 return None  # a comparison that only an assertion on the row count used
-            raise Refused("arithmetic on the number of rows", node)
+            raise Refused("the body computes with the number of rows, or with the expert's index as a number", node)
         return self._step(node, Kind.INVARIANT, node.target, *args)
 
     def _select(self, node: fx.Node) -> Any:
-        source, dim, _ = (self._values.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
+        source, dim = self._values[node.args[0]], node.args[1]  # type: ignore[index]
         if source.kind is not Kind.INVARIANT:
             raise Refused("something that depends on the expert is indexed by the expert", node)
         return self._step(node, Kind.PER_EXPERT, Primitive.SELECT_EXPERT, source, dim % source.example.dim())
@@ -178,7 +182,13 @@ class RowProgram:
             return self._mutation(node, op, given)
         if rules.is_random(op):
             raise Refused("random numbers in the body: each expert draws its own in eager", node)
-        kinds = {value.kind for value in _tensors(given)}
+        values = _tensors(given)
+        if any(value.kind is Kind.PER_EXPERT and _is_number(value) for value in values):
+            meaning = self.meanings.get(node)
+            if meaning is None or meaning.form is not Form.SELECTED:
+                raise Refused("the body computes with the expert's index as a number", node)
+            return Value(node.name, Kind.PER_EXPERT, node.meta["val"])  # a mask, of which only the meaning is used
+        kinds = {value.kind for value in values}
         if Kind.PER_ROW in kinds:
             return self._on_rows(node, op, given, args, kwargs)
         if Kind.PER_EXPERT in kinds:
@@ -194,6 +204,11 @@ class RowProgram:
             return self._gather(node, op, given, args)
         if _depends_on_row_count(node.meta["val"]):
             raise Refused(f"`{op}` pairs the rows of an expert with each other", node)
+        if (
+            any(value.kind is Kind.PER_ROW and _is_number(value) for value in _tensors(given))
+            and op.overloadpacket not in rules.RESHAPES
+        ):
+            raise Refused("the body computes with the number of rows", node)
         if rules.is_pointwise(op):
             return self._pointwise(node, op, args, kwargs)
         rows = given.get("self", given.get("tensors"))
@@ -208,11 +223,7 @@ class RowProgram:
         rank = node.meta["val"].dim()
 
         def aligned(value: Any) -> Any:
-            if not isinstance(value, Value):
-                return value
-            if not isinstance(value.example, torch.Tensor):
-                if value.kind is Kind.PER_ROW:
-                    raise Refused("the rows are combined with how many of them there are", node)
+            if not isinstance(value, Value) or not isinstance(value.example, torch.Tensor):
                 return value
             if value.kind is Kind.PER_ROW:
                 if value.example.dim() != rank:
@@ -220,7 +231,7 @@ class RowProgram:
                 return value
             if value.kind is Kind.PER_EXPERT:
                 return self._gathered(value, rank, node)
-            if value.example.dim() == rank and not _is_one(value.example.shape[0]):
+            if rank and value.example.dim() == rank and not _is_one(value.example.shape[0]):
                 raise Refused(f"`{op}` combines the rows, by their order, with something that is not rows", node)
             return value
 
@@ -228,7 +239,7 @@ class RowProgram:
 
     def _gathered(self, value: Value, rank: int, node: fx.Node) -> Value:
         """The value of each row's expert, its dimensions aligned with rows of ``rank`` dimensions."""
-        if value.example.dim() == rank and not _is_one(value.example.shape[0]):
+        if rank and value.example.dim() == rank and not _is_one(value.example.shape[0]):
             raise Refused("a value of the expert is combined with its rows by their order", node)
         result = Value(f"{value.name}_of_row_{len(self.steps)}", Kind.PER_ROW, value.example)
         self.steps.append(Step(result, Primitive.GATHER_EXPERT, (value, rank)))
@@ -294,6 +305,9 @@ class RowProgram:
             raise Refused("the body reads the accumulator that it adds to", node)
         if not adds or index.kind is not Kind.PER_ROW or rows.kind is not Kind.PER_ROW or index.example.dim() != 1:
             raise Refused("what is added to the accumulator is not one row for each position", node)
+        accumulator, added = given["self"].example, rows.example
+        if added.dim() != accumulator.dim() or not all(map(rules._same_size, added.shape[1:], accumulator.shape[1:])):
+            raise Refused("what is added to the accumulator does not have the shape of its rows", node)
         self._accumulators.add(target)
         position = next(step.args[0] for step in self.steps if step.result is self._values[target])
         self.combines.append(Combine(position, index, rows, self._token_axis(index, given["self"])))
@@ -324,6 +338,10 @@ def _depends_on_row_count(result: Any) -> bool:
     results = result if isinstance(result, (tuple, list)) else [result]
     sizes = [size for value in results if isinstance(value, torch.Tensor) for size in value.shape[1:]]
     return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes)
+
+
+def _is_number(value: Value) -> bool:
+    return not isinstance(value.example, (torch.Tensor, tuple, list))
 
 
 def _is_one(size: Any) -> bool:

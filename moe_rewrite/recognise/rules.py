@@ -64,6 +64,8 @@ def _rows_in_front(op: torch._ops.OpOverload, given: dict[str, Any], result: Any
 def _keeps_leading(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
     """Reshapes: dimension 0 must be the rows before and after."""
     before, after = given["self"].example.shape, result.shape
+    if any(isinstance(size, Value) and size.kind is not Kind.INVARIANT for size in (given.get("size") or [])[1:]):
+        return f"`{op}` pairs the rows of an expert with each other"
     if len(after) == 0 or not _same_size(before[0], after[0]):
         return f"`{op}` merges or splits the rows of an expert"
     return None
@@ -138,6 +140,9 @@ def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:
     rules |= {"unsqueeze": _unsqueeze, "cat": _concatenate, "constant_pad_nd": _pad, "bmm": _batched}
     return {getattr(aten, name): rule for name, rule in rules.items() if hasattr(aten, name)}
 
+
+RESHAPES = {getattr(aten, name) for name in ("view", "_unsafe_view", "reshape", "expand") if hasattr(aten, name)}
+"""The operators that may be told the number of rows, as the size of dimension 0."""
 
 ROWWISE: dict[torch._ops.OpOverloadPacket, Rule] = _table()
 """The operators that can be rowwise, with the rule that says whether one call is."""
