@@ -13,7 +13,9 @@ from torch import fx, nn
 
 from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.inner import compile_inner
+from moe_rewrite.loop import Refusal
 from moe_rewrite.lower import EAGER
+from moe_rewrite.nodes import has_unknown_size
 from moe_rewrite.report import LoopReport, log
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
 
@@ -60,7 +62,10 @@ def moe_rewrite(
         if capture is None:
             raise LoopRefused(refused)
         capture.restart_as_stock([report.refusal for report in refused if report.refusal is not None])
-    session.rewritten(carry_out(plans))
+    reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
+    if capture is not None and capture.widened and any(map(has_unknown_size, gm.graph.nodes)):
+        capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
+    session.rewritten(reports)
     return compile_inner(gm, example_inputs, parsed)
 
 

@@ -31,7 +31,11 @@ class LoopRefused(MoeRewriteError):
 
 
 def rewrite(
-    gm: fx.GraphModule, mapping: ExpertsMapping | Mapping[str, str] | str | None = None, *, base_path: str = ""
+    gm: fx.GraphModule,
+    mapping: ExpertsMapping | Mapping[str, str] | str | None = None,
+    *,
+    base_path: str = "",
+    fuses: bool = True,
 ) -> list[LoopReport]:
     """Replace every captured loop of ``gm``, in place. A graph without one is left alone.
 
@@ -39,6 +43,7 @@ def rewrite(
         gm: a graph of Dynamo's that holds captured loops. Its nodes carry fake tensors in ``meta["example_value"]``.
         mapping: the experts mapping; without one, every loop gets ``auto``.
         base_path: path of the module that the graph was traced from.
+        fuses: whether the graph goes to a compiler that fuses elementwise operators into reductions, as inductor does.
 
     Returns:
         What became of each loop, in order.
@@ -50,7 +55,7 @@ def rewrite(
     plans = make_plans(gm, ExpertsMapping.parse(mapping if mapping is not None else {}), base_path)
     if any(plan.report is not None and plan.report.refusal is not None for plan in plans):
         raise LoopRefused([plan.report for plan in plans if plan.report is not None])
-    return carry_out(plans)
+    return carry_out(plans, fuses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
     return [_plan(graph, finding, experts, base_path) for graph in graphs for finding in find_loops(graph)]
 
 
-def carry_out(plans: list[Plan]) -> list[LoopReport]:
+def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
     """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop."""
     reports = []
     for plan in plans:
@@ -85,7 +90,7 @@ def carry_out(plans: list[Plan]) -> list[LoopReport]:
             reports.append(report)
             continue
         if report is not None and plan.backend is not None:
-            reports.append(_replace(plan, report, plan.backend))
+            reports.append(_replace(plan, report, plan.backend, fuses))
         splice.remove_region(plan.gm.graph, plan.finding.region)
     for gm in {plan.gm for plan in plans}:
         splice.finish(gm)
@@ -110,12 +115,12 @@ def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_pa
     return Plan(gm, finding, LoopReport(path, loop.location, loop, None, backend.name, why, before), backend)
 
 
-def _replace(plan: Plan, report: LoopReport, backend: ExpertsBackend) -> LoopReport:
+def _replace(plan: Plan, report: LoopReport, backend: ExpertsBackend, fuses: bool) -> LoopReport:
     loop = report.loop
     assert loop is not None
 
     def run(*inputs: torch.Tensor) -> None:
-        backend.lower(loop, Lifted(loop, inputs))
+        backend.lower(loop, Lifted(loop, inputs, fuses))
 
     new = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
     return dataclasses.replace(report, after=standalone_code(new, loop.inputs))

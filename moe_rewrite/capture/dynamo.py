@@ -20,6 +20,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import (
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
+    UserError,
     raise_observed_exception,
     unimplemented,
 )
@@ -33,17 +34,22 @@ from torch._dynamo.variables import (
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.builtin import BuiltinVariable
+from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 __all__ = [
+    "GuardOnDataDependentSymNode",
     "InstructionTranslator",
     "IteratorVariable",
+    "LocalGeneratorObjectVariable",
     "SymNodeVariable",
     "TensorVariable",
     "TensorWithTFOverrideVariable",
+    "UserError",
 ]
 
 
@@ -80,13 +86,15 @@ def compiler_wrapper(compiler_fn: Any) -> Any:
 # --- what a frame is made of -----------------------------------------------------------------------------------------
 
 
-def allow_data_dependent_shapes(output: Any) -> None:
-    """Let this frame's graph hold operators such as ``nonzero``. torch 2.11, 2.13.
+def allow_data_dependent_shapes(output: Any) -> bool:
+    """Let this frame's graph hold operators such as ``nonzero``. Returns whether it could not before.
 
     The same as ``config.capture_dynamic_output_shape_ops``, for this one compile: the config is left alone.
+    torch 2.11, 2.13.
     """
     settings = output.shape_env.settings
     output.shape_env.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+    return not settings.allow_dynamic_output_shape_ops
 
 
 def abandon(tx: Any) -> None:
@@ -176,6 +184,23 @@ def enter_scope() -> int:
 
 def leave_scope(scope: int) -> None:
     current_scope_id._current_scope_id.value = scope
+
+
+def python_state(output: Any, scope: int) -> dict[Any, Any]:
+    """What code in the frame has done so far to Python objects that were there before ``scope`` was left, as far as
+    Dynamo lets it pass: attributes (some of them it checks late), globals, hooks, random numbers. torch 2.11, 2.13.
+    """
+    effects = output.side_effects
+    state: dict[Any, Any] = {
+        (id(variable), name): id(value)
+        for variable, attributes in effects.store_attr_mutations.items()
+        if getattr(variable.mutation_type, "scope", 0) <= scope
+        for name, value in attributes.items()
+    }
+    state["late"] = {k: v for k, v in getattr(effects, "deferred_attr_mutations", {}).items() if v[0] != v[1]}
+    state["hooks"] = len(effects.tensor_hooks)
+    state["random"] = len(output.random_calls)
+    return state
 
 
 @contextlib.contextmanager
@@ -288,7 +313,7 @@ def condition_on(variable: Any, number: Any) -> Callable[[int], bool] | None:
     """
     condition = getattr(getattr(variable.sym_num, "node", None), "expr", None)
     symbol = number.sym_num.node.expr
-    if not getattr(condition, "is_Boolean", False) or getattr(condition, "free_symbols", None) != {symbol}:
+    if condition is None or not condition.is_Boolean or condition.free_symbols != {symbol}:
         return None
     return lambda value: bool(condition.subs(symbol, value))
 
@@ -305,6 +330,16 @@ def narrow(number: Any, low: int, high: int) -> None:
 def iteration_method() -> str:
     """The method of ``TensorVariable`` that ``iter(tensor)`` ends in. torch 2.11 (the latter), 2.13 (the former)."""
     return "tp_iter_impl" if hasattr(TensorVariable, "tp_iter_impl") else "method___iter__"
+
+
+def generator_next_method() -> str:
+    """The method that advances a generator. torch 2.11 (the latter), 2.13 (the former)."""
+    return "tp_iternext_impl" if "tp_iternext_impl" in vars(LocalGeneratorObjectVariable) else "next_variable"
+
+
+def current_scope() -> int:
+    scope: int = current_scope_id.current_scope_id()
+    return scope
 
 
 def wrap_method(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

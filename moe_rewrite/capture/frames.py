@@ -30,12 +30,14 @@ class FrameCapture:
         tx: the translator of the root frame.
         session: what the compiler backend knows of the frame; it answers which experts backend is configured.
         refusals: why the frame is traced as stock, one for each loop that was refused; empty while loops are rolled.
+        widened: whether the graph may hold data-dependent shapes only because its loops are rolled.
         loops: the loops whose body is being traced.
     """
 
     tx: Any
     session: Any
     refusals: list[Refusal]
+    widened: bool
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
@@ -77,19 +79,27 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
             dynamo.abandon(tx)
             raise dynamo.error_shown_as_is(error) from None
         refusals = getattr(tx.speculation_log, "moe_rewrite_refusals", [])
-        if not refusals:
-            dynamo.allow_data_dependent_shapes(tx.output)
+        stock = bool(refusals) and not tx.one_graph
+        widened = not stock and dynamo.allow_data_dependent_shapes(tx.output)
         outer = current()
-        _active.capture = FrameCapture(tx, session, refusals)
+        _active.capture = capture = FrameCapture(tx, session, refusals, widened)
         try:
             with dynamo.same_scope_after():
                 return original(tx)
+        except (dynamo.UserError, dynamo.GuardOnDataDependentSymNode) as error:
+            if not widened:
+                raise
+            # Python needs a size that stock Dynamo would not have traced up to: it breaks the graph before.
+            reason = str(error).strip().partition("\n")[0]
+            capture.restart_as_stock([Refusal(session.base_path, dynamo.user_location(tx), reason)])
         finally:
             _active.capture = outer
 
     dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
+    dynamo.wrap_method(dynamo.LocalGeneratorObjectVariable, "__init__", _make_generator)
+    dynamo.wrap_method(dynamo.LocalGeneratorObjectVariable, dynamo.generator_next_method(), _advance_generator)
 
 
 def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
@@ -128,3 +138,18 @@ def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = No
         if path is not None and dynamo.assume_not_empty(variable, output, path.symbols_at_start):
             path.assumes_rows = True
     return original(variable, output)
+
+
+def _make_generator(original: Callable[..., Any], generator: Any, *args: Any, **kwargs: Any) -> None:
+    original(generator, *args, **kwargs)
+    generator.moe_rewrite_scope = dynamo.current_scope()
+
+
+def _advance_generator(original: Callable[..., Any], generator: Any, tx: Any) -> Any:
+    """A generator that is older than a rolled loop gives its body another value in every iteration."""
+    capture = current()
+    if capture is not None and capture.loops and capture.tx.output is tx.output:
+        path = capture.loops[-1].path
+        if path is not None and getattr(generator, "moe_rewrite_scope", 0) <= path.scope:
+            capture.loops[-1].refuse("the body advances a generator", tx)
+    return original(generator, tx)

@@ -41,7 +41,8 @@ class Path:
     index: Any  # the variable of the symbolic row
     locals_at_start: dict[str, Any]
     symbols_at_start: frozenset[Any]
-    scope: Any
+    scope: int
+    state_at_start: dict[Any, Any]
     number: Any = None  # the variable of the index as a Python number, once the body has asked for it
     assumes_rows: bool = False
 
@@ -76,7 +77,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         raise AssertionError("unreachable")
 
     def python_type(self) -> type:
-        return type(iter(()))  # what iter(tensor) is in eager
+        iterator_type: type = type(iter(()))  # what iter(tensor) is in eager
+        return iterator_type
 
     # Dynamo before 2.13 calls `next_variable`, later ones `tp_iternext_impl`.
     def tp_iternext_impl(self, tx: Any) -> Any:
@@ -102,12 +104,14 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             self.frame.loops.append(self)
         row = dynamo.call_in_graph(tx, markers.loop_begin, [self.hits, self.paths_traced - 1])
         index = ExpertIndexVariable.wrap(row, self)
+        scope = dynamo.enter_scope()
         self.path = Path(
             experts=self.waiting.pop(),
             index=index,
             locals_at_start=dynamo.local_variables(tx),
             symbols_at_start=dynamo.unbacked_symbols(tx.output),
-            scope=dynamo.enter_scope(),
+            scope=scope,
+            state_at_start=dynamo.python_state(tx.output, scope),
         )
         return index
 
@@ -120,6 +124,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             self.refuse(
                 f"local variable `{name}` is changed by one iteration and read by the next, or after the loop", tx
             )
+        if dynamo.python_state(tx.output, path.scope) != path.state_at_start:
+            self.refuse("the body changes a Python object, or draws a random number, once in every iteration")
         dynamo.call_in_graph(tx, markers.loop_end, [path.index.as_tensor(), _ranges(path.experts), path.assumes_rows])
 
     def decide(self, holds: Callable[[int], bool]) -> bool:

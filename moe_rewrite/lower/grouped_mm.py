@@ -17,6 +17,6 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
 
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         # The kernel leaves rows past the last offset unwritten, in the result and in the gradient of its input.
-        return pairs.only_valid(grouped_product(pairs.only_valid(rows), weight, offsets))
+        return pairs.lend(grouped_product(pairs.only_valid(rows), weight, offsets))
 
     lifted.run(pairs, product)

@@ -21,16 +21,22 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """``product(rows [P, K], weight [num_experts, K, N]) -> [P, N]``: each row times the weight of its expert."""
 
 
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, torch.ops.aten.embedding.default)
+
+
 class Lifted:
     """The values of a loop's row program, over all pairs.
 
     Args:
         loop: the loop.
         inputs: the values of its inputs.
+        fuses: whether the inner compiler fuses elementwise operators into reductions, as inductor does. Without it a
+            large intermediate value is a large piece of memory.
     """
 
-    def __init__(self, loop: ExpertsLoop, inputs: Sequence[Any]) -> None:
+    def __init__(self, loop: ExpertsLoop, inputs: Sequence[Any], fuses: bool) -> None:
         self.loop = loop
+        self.fuses = fuses
         self.inputs = inputs
         self._values: dict[Value, Any] = {}
         self._pairs: Pairs | None = None
@@ -101,9 +107,15 @@ class Lifted:
         args, kwargs = self._arguments(step)
         if step.op is Primitive.MATMUL:
             return product(*args)
+        if step.op in _INDEXING:
+            args = pytree.tree_map_only(Tensor, pairs.harmless_index, args[1:])
+            return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
         if step.op is Primitive.GATHER_EXPERT:
             value, rank = args
             gathered = value[pairs.expert]
             own = gathered.shape[1:] if gathered.dim() <= rank else gathered.shape[2:]
             return gathered.reshape(-1, *[1] * (rank - 1 - len(own)), *own) if gathered.dim() != rank else gathered
-        return step.op(*args, **kwargs)  # type: ignore[operator]
+        result = step.op(*args, **kwargs)  # type: ignore[operator]
+        # A 0-dim value of the expert does not take part in type promotion, one for each pair does.
+        wanted = getattr(step.result.example, "dtype", None)
+        return result.to(wanted) if isinstance(result, Tensor) and result.dtype is not wanted else result

@@ -1,4 +1,9 @@
-"""The (token, slot) pairs of a loop: which expert each one goes to, and in which order they are computed."""
+"""The (token, slot) pairs of a loop: which expert each one goes to, and in which order they are computed.
+
+Expert ids may name experts that the loop does not run: sentinels of expert parallelism, dropped tokens. Eager never
+looks at such a pair. Here it has a place among the others, so it gets the token, slot and expert of a pair that does
+count: all that is computed for it is then as finite as what eager computes, in the gradient too, before it is dropped.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,16 @@ from torch import Tensor
 
 from moe_rewrite.loop import ExpertsLoop
 
+MAX_COUNTED = 2**24
+"""Up to how many (pair, expert) combinations pairs are sorted by counting, on a GPU."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """All pairs of a loop, in token order or sorted by expert.
 
     Attributes:
-        expert: the expert of each pair, ``[P]`` int64 in ``[0, num_experts)``; some expert for pairs of none.
+        expert: the expert of each pair, ``[P]`` int64 in ``[0, num_experts)``.
         valid: whether the pair has an expert in this loop, ``[P]`` bool; None where all have.
         position: where each pair stands among the flattened expert ids, ``[P]`` int64.
         inverse: where each entry of the flattened expert ids stands among the pairs, ``[P]``; None in token order.
@@ -39,7 +47,7 @@ class Pairs:
         Args:
             loop: the loop.
             expert_ids: the value of its expert ids, any shape and integer dtype.
-            visited: which experts the loop visits, ``[n]`` bool; None for all that have pairs.
+            visited: which experts the loop visits, ``[n]``: those that are not 0; None for all that have pairs.
         """
         ids = expert_ids.reshape(-1).to(torch.int64)
         position = torch.arange(ids.shape[0], device=ids.device)
@@ -50,19 +58,19 @@ class Pairs:
             valid = valid | ((ids >= experts.start) & (ids < experts.stop))
         expert = torch.where(valid, ids, loop.experts[0].start)
         if visited is not None:
-            valid = valid & visited[expert]
-        return cls(expert, valid, position, None, None, expert_ids.shape)
+            valid = valid & (visited[expert] != 0)
+        if ids.shape[0] == 0:
+            return cls(expert, valid, position, None, None, expert_ids.shape)
+        lender = valid.to(torch.int8).argmax()  # the first pair that counts
+        source = torch.where(valid, position, lender)
+        return cls(expert[source], valid, source, None, None, expert_ids.shape)
 
     def sorted_by_expert(self, num_experts: int) -> Pairs:
-        """The same pairs with those of one expert side by side. Two sorts, no synchronisation with the device."""
+        """The same pairs with those of one expert side by side, without synchronisation with the device."""
         key = self.expert if self.valid is None else torch.where(self.valid, self.expert, num_experts)
-        key, order = torch.sort(key, stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, self.position)
-        bins = torch.arange(num_experts, device=key.device)
-        offsets = torch.searchsorted(key, bins, right=True, out_int32=True)
-        valid = None if self.valid is None else key < num_experts
-        expert = key if valid is None else torch.where(valid, key, self.expert[order])
-        return Pairs(expert, valid, order, inverse, offsets, self.shape)
+        order, inverse, offsets = _sort(key, num_experts)
+        valid = None if self.valid is None else self.valid[order]
+        return Pairs(self.expert[order], valid, self.position[order], inverse, offsets, self.shape)
 
     def coordinate(self, axis: int | None) -> Tensor:
         """Where each pair stands along an axis of the expert ids, ``[P]`` int64; 0 for an axis of length 1 (None)."""
@@ -74,10 +82,43 @@ class Pairs:
 
     def only_valid(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` with zeros for the pairs of no expert, in the result and in its gradient."""
+        return rows if self.valid is None else torch.where(_column(self.valid, rows), rows, 0)
+
+    def lend(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[P, ...]``, sorted by expert, with the first of them for the pairs of no expert."""
         if self.valid is None:
             return rows
-        return torch.where(self.valid.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+        first = self.only_valid(rows)[:1]
+        return torch.where(_column(self.valid, rows), rows, first)
+
+    def harmless_index(self, index: Tensor) -> Tensor:
+        """An index for each pair, 0 where no pair at all counts: what the ids lead to could be out of range there."""
+        return index if self.valid is None else torch.where(self.valid.any(), index, 0)
 
     def to_token_order(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` of these pairs in the order of the expert ids."""
         return rows if self.inverse is None else rows[self.inverse]
+
+
+def _column(valid: Tensor, rows: Tensor) -> Tensor:
+    return valid.view(-1, *[1] * (rows.dim() - 1))
+
+
+def _sort(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A stable sort of ``key`` ``[P]`` in ``[0, num_experts]``.
+
+    Returns:
+        The order, its inverse (``[P]`` int64 each), and where each key below ``num_experts`` ends (int32).
+    """
+    place = torch.arange(key.shape[0], device=key.device)
+    bins = torch.arange(num_experts + 1, device=key.device)
+    if key.device.type == "cuda" and isinstance(key.shape[0], int) and 0 < key.shape[0] * num_experts <= MAX_COUNTED:
+        # Counting needs a scan and no sort: measured 1% to 8% off a whole experts forward from 64 tokens up (H200).
+        ranks = (key.unsqueeze(1) == bins).to(torch.int32).cumsum(0)
+        ends = ranks[-1].cumsum(0)
+        starts = ends - ranks[-1]
+        inverse = (starts[key] + ranks.gather(1, key.unsqueeze(1)).squeeze(1) - 1).to(torch.int64)
+        return torch.empty_like(inverse).scatter(0, inverse, place), inverse, ends[:-1].to(torch.int32)
+    sorted_key, order = torch.sort(key, stable=True)
+    inverse = torch.empty_like(order).scatter(0, order, place)
+    return order, inverse, torch.searchsorted(sorted_key, bins[:-1], right=True, out_int32=True)

@@ -78,6 +78,8 @@ def retrace(
 def _run_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if "_functorch" in (getattr(node.target, "__module__", None) or ""):
+        raise NotImplementedError("a transform of torch.func inside the body")
     if node.op == "call_function" and callable(node.target):
         return node.target(*args, **kwargs)
     raise NotImplementedError(f"a {node.op} node ({node.target})")

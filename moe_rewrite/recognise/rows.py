@@ -140,13 +140,24 @@ class RowProgram:
         return None
 
     def _is_coordinate(self, node: fx.Node) -> bool:
-        return node.target in (aten.unbind.int, aten.select.int) and self._nonzero_behind(node) is not None
+        """Whether a node is one of the columns of ``nonzero(mask)``, or all of them."""
+        if node.target in (aten.unbind.int, aten.select.int):
+            return self._nonzero_behind(node) is not None
+        source = node.args[0] if node.args else None
+        return (
+            node.target in (aten.squeeze.dim, aten.view.default)  # the only column
+            and isinstance(source, fx.Node)
+            and source.target is aten.nonzero.default
+            and node.meta["val"].dim() == 1
+        )
 
     def _coordinate(self, node: fx.Node) -> Any:
         """A column of ``nonzero(mask)``: ``unbind(rows, 1)`` gives all of them, ``select(rows, 1, j)`` one."""
         nonzero = self._nonzero_behind(node)
         assert nonzero is not None
         meaning = self.meanings[nonzero.args[0]]  # type: ignore[index]
+        if node.target in (aten.squeeze.dim, aten.view.default):
+            return self._column(node.name, meaning.labels[0], node.meta["val"])
         if node.args[1] not in (1, -1):
             raise Refused("single rows are picked out of an expert's rows", node)
         if node.target is aten.unbind.int:
@@ -290,7 +301,20 @@ class RowProgram:
 
     # --- effects ---------------------------------------------------------------------------------------------------
 
-    def _mutation(self, node: fx.Node, op: Any, given: dict[str, Any]) -> None:
+    def _in_place(self, node: fx.Node, op: torch._ops.OpOverload, target: fx.Node) -> Value:
+        """``rows.mul_(2)`` is ``rows * 2`` from there on, where nothing else sees the memory of ``rows``."""
+        functional = getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None), op._overloadname, None)
+        value = self._values[target]
+        if functional is None or not rules.is_pointwise(functional) or not isinstance(value, Value):
+            raise Refused(f"`{op}` changes a tensor in place, other than by adding rows to an accumulator", node)
+        if value.kind is not Kind.PER_ROW or _may_alias(target) or any(map(_may_alias, target.users)):
+            raise Refused(f"`{op}` changes a tensor in place that something else may see", node)
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self._values[n])  # type: ignore[misc]
+        result = self._pointwise(node, functional, args, kwargs)
+        self._values[target] = result
+        return result
+
+    def _mutation(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Any:
         target = node.args[0]
         assert isinstance(target, fx.Node)
         if op is aten.index_add_.default:
@@ -298,7 +322,7 @@ class RowProgram:
         elif op is aten.index_put_.default and given["accumulate"] and len(given["indices"]) == 1:
             index, rows, adds = given["indices"][0], given["values"], True
         else:
-            raise Refused(f"`{op}` changes a tensor in place, other than by adding rows to an accumulator", node)
+            return self._in_place(node, op, target)
         if target.op != "placeholder":
             raise Refused("rows are added to something that the body itself made", node)
         if node.users:
@@ -306,6 +330,8 @@ class RowProgram:
         if not adds or index.kind is not Kind.PER_ROW or rows.kind is not Kind.PER_ROW or index.example.dim() != 1:
             raise Refused("what is added to the accumulator is not one row for each position", node)
         accumulator, added = given["self"].example, rows.example
+        if accumulator.dtype is torch.bool:
+            raise Refused("rows are added to an accumulator of truth values", node)
         if added.dim() != accumulator.dim() or not all(map(rules._same_size, added.shape[1:], accumulator.shape[1:])):
             raise Refused("what is added to the accumulator does not have the shape of its rows", node)
         self._accumulators.add(target)
@@ -331,6 +357,14 @@ def _tensors(given: Any) -> list[Value]:
     if isinstance(given, dict):
         given = list(given.values())
     return [value for item in given for value in _tensors(item)] if isinstance(given, (list, tuple)) else []
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether the result of a node may lie in the memory of its input, unless it is the in-place result itself."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    schema = node.target._schema
+    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
 def _depends_on_row_count(result: Any) -> bool:

@@ -42,6 +42,9 @@ _POINTWISE_TOO = {
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh_copy.default,
+    aten.floor_divide.default,
+    aten.floor_divide.Scalar,
+    aten.hardswish.default,
 }
 
 
