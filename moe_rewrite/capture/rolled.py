@@ -268,7 +268,7 @@ class ExpertCondition(dynamo.SymNodeVariable):  # type: ignore[misc]
         self.iterator = index.iterator
         self.holds = holds
 
-    def python_type(self) -> type:
+    def python_type(self) -> Any:
         return torch.Tensor
 
     def evaluate_expr(self, output: Any = None) -> bool:
