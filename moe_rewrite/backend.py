@@ -16,7 +16,7 @@ from moe_rewrite.inner import compile_inner
 from moe_rewrite.loop import Refusal
 from moe_rewrite.lower import EAGER
 from moe_rewrite.nodes import has_unknown_size
-from moe_rewrite.report import LoopReport, log
+from moe_rewrite.report import LoopReport, log_reports
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
 
 TESTED_TORCH = ("2.11", "2.13")
@@ -63,7 +63,7 @@ def moe_rewrite(
             raise LoopRefused(refused)
         capture.restart_as_stock([report.refusal for report in refused if report.refusal is not None])
     reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
-    if capture is not None and capture.widened and any(map(has_unknown_size, gm.graph.nodes)):
+    if capture is not None and capture.widened and not refused and any(map(has_unknown_size, gm.graph.nodes)):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
     session.rewritten(reports)
     return compile_inner(gm, example_inputs, parsed)
@@ -109,10 +109,13 @@ class Session:
         for report in reports:
             if (report.path, report.location) not in known:  # a frame of its own may refuse the same loop again
                 self.memory.reports.append(report)
-                log.info("%s", report)
+                if not self.explains:
+                    log_reports([report])
 
     def rewritten(self, reports: list[LoopReport]) -> None:
         self.memory.reports += reports
+        if not self.explains:
+            log_reports(reports)
         self._hint_at_other_implementation(reports)
         if reports and self.root is not None and not self.base_path:
             self._warn_of_unmatched_prefixes(reports)

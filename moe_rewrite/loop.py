@@ -204,7 +204,7 @@ class Refusal:
 
     Attributes:
         path: path of the module the loop stands in.
-        location: the user's ``file:line`` of what stands in the way, or of the loop.
+        location: the user's ``file:line`` of the loop.
         reason: what stands in the way.
         node: the operator that stands in the way, where it is one.
     """

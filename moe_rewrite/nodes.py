@@ -42,10 +42,14 @@ def operation(node: fx.Node) -> str:
 def is_written_to(node: fx.Node) -> bool:
     """Whether something in the graph writes into the tensor of a node, or into one that shares its memory.
 
-    Dynamo runs in-place operators on the fake tensors of its graph, which count them.
+    Dynamo runs in-place operators on the fake tensors of its graph, which count them. ``x.data`` has a count of its
+    own: where it is taken, the tensor is taken as written to.
     """
     value = example_value(node)
-    return isinstance(value, torch.Tensor) and value._version > 0
+    if not isinstance(value, torch.Tensor):
+        return False
+    apart = node.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr)
+    return value._version > 0 or any(shares_memory(node, other) for other in apart)
 
 
 def shares_memory(a: fx.Node, b: fx.Node) -> bool:
@@ -104,4 +108,4 @@ def standalone_code(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> str:
     for node in shown:
         env[node] = graph.node_copy(node, lambda n: env[n])
     code: str = graph.python_code("self").src
-    return code.strip() + "\n"
+    return re.sub(r";  (\w+ = )+None", "", code).strip() + "\n"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 from moe_rewrite.loop import ExpertsLoop, Refusal
 
-log = logging.getLogger("moe_rewrite")
+_log = logging.getLogger("moe_rewrite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +46,9 @@ class LoopReport:
         assert self.loop is not None
         what = f"{self.loop.num_experts} experts, {self.loop.dispatch}"
         return f"{self.path or '<root>'}: {what} -> {self.experts_backend} ({self.why})"
+
+
+def log_reports(reports: Sequence[LoopReport]) -> None:
+    """One line for each loop, at level INFO of the logger ``moe_rewrite``."""
+    for report in reports:
+        _log.info("%s", report)

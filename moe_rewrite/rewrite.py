@@ -15,7 +15,7 @@ from moe_rewrite.loop import ExpertsLoop, Refusal
 from moe_rewrite.lower import ExpertsBackend, Lifted
 from moe_rewrite.nodes import standalone_code
 from moe_rewrite.recognise import Finding, find_loops
-from moe_rewrite.report import LoopReport, log
+from moe_rewrite.report import LoopReport, log_reports
 
 
 class LoopRefused(MoeRewriteError):
@@ -55,7 +55,9 @@ def rewrite(
     plans = make_plans(gm, ExpertsMapping.parse(mapping if mapping is not None else {}), base_path)
     if any(plan.report is not None and plan.report.refusal is not None for plan in plans):
         raise LoopRefused([plan.report for plan in plans if plan.report is not None])
-    return carry_out(plans, fuses)
+    reports = carry_out(plans, fuses)
+    log_reports(reports)
+    return reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,6 @@ def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
         splice.remove_region(plan.gm.graph, plan.finding.region)
     for gm in {plan.gm for plan in plans}:
         splice.finish(gm)
-    for report in reports:
-        log.info("%s", report)
     return reports
 
 

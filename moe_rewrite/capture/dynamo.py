@@ -20,6 +20,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import (
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
+    Unsupported,
     UserError,
     raise_observed_exception,
     unimplemented,
@@ -36,6 +37,7 @@ from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable
+from torch._dynamo.variables.lists import RangeIteratorVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
@@ -45,10 +47,10 @@ __all__ = [
     "GuardOnDataDependentSymNode",
     "InstructionTranslator",
     "IteratorVariable",
-    "LocalGeneratorObjectVariable",
     "SymNodeVariable",
     "TensorVariable",
     "TensorWithTFOverrideVariable",
+    "Unsupported",
     "UserError",
 ]
 
@@ -332,9 +334,13 @@ def iteration_method() -> str:
     return "tp_iter_impl" if hasattr(TensorVariable, "tp_iter_impl") else "method___iter__"
 
 
-def generator_next_method() -> str:
-    """The method that advances a generator. torch 2.11 (the latter), 2.13 (the former)."""
-    return "tp_iternext_impl" if "tp_iternext_impl" in vars(LocalGeneratorObjectVariable) else "next_variable"
+UNCHECKED_ITERATORS = (LocalGeneratorObjectVariable, RangeIteratorVariable)
+"""Iterators that Dynamo advances without asking whether they may be changed. torch 2.11, 2.13."""
+
+
+def next_method(iterator: type) -> str:
+    """The method that advances an iterator. torch 2.11 (the latter), 2.13 (the former)."""
+    return "tp_iternext_impl" if "tp_iternext_impl" in vars(iterator) else "next_variable"
 
 
 def current_scope() -> int:

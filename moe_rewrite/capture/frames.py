@@ -86,11 +86,13 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         try:
             with dynamo.same_scope_after():
                 return original(tx)
-        except (dynamo.UserError, dynamo.GuardOnDataDependentSymNode) as error:
-            if not widened:
+        except (dynamo.Unsupported, dynamo.UserError, dynamo.GuardOnDataDependentSymNode) as error:
+            reason = str(error).strip().partition("\n")[0]
+            if capture.loops:
+                capture.loops[-1].refuse(f"Dynamo cannot trace the body: {reason}")
+            if not widened or isinstance(error, dynamo.Unsupported):
                 raise
             # Python needs a size that stock Dynamo would not have traced up to: it breaks the graph before.
-            reason = str(error).strip().partition("\n")[0]
             capture.restart_as_stock([Refusal(session.base_path, dynamo.user_location(tx), reason)])
         finally:
             _active.capture = outer
@@ -98,8 +100,9 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
     dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
-    dynamo.wrap_method(dynamo.LocalGeneratorObjectVariable, "__init__", _make_generator)
-    dynamo.wrap_method(dynamo.LocalGeneratorObjectVariable, dynamo.generator_next_method(), _advance_generator)
+    for iterator in dynamo.UNCHECKED_ITERATORS:
+        dynamo.wrap_method(iterator, "__init__", _make_iterator)
+        dynamo.wrap_method(iterator, dynamo.next_method(iterator), _advance_iterator)
 
 
 def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
@@ -140,16 +143,16 @@ def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = No
     return original(variable, output)
 
 
-def _make_generator(original: Callable[..., Any], generator: Any, *args: Any, **kwargs: Any) -> None:
-    original(generator, *args, **kwargs)
-    generator.moe_rewrite_scope = dynamo.current_scope()
+def _make_iterator(original: Callable[..., Any], iterator: Any, *args: Any, **kwargs: Any) -> None:
+    original(iterator, *args, **kwargs)
+    iterator.moe_rewrite_scope = dynamo.current_scope()
 
 
-def _advance_generator(original: Callable[..., Any], generator: Any, tx: Any) -> Any:
-    """A generator that is older than a rolled loop gives its body another value in every iteration."""
+def _advance_iterator(original: Callable[..., Any], iterator: Any, tx: Any) -> Any:
+    """An iterator that is older than a rolled loop gives its body another value in every iteration."""
     capture = current()
     if capture is not None and capture.loops and capture.tx.output is tx.output:
         path = capture.loops[-1].path
-        if path is not None and getattr(generator, "moe_rewrite_scope", 0) <= path.scope:
-            capture.loops[-1].refuse("the body advances a generator", tx)
-    return original(generator, tx)
+        if path is not None and getattr(iterator, "moe_rewrite_scope", 0) <= path.scope:
+            capture.loops[-1].refuse("the body advances an iterator that was made before the loop", tx)
+    return original(iterator, tx)

@@ -22,6 +22,10 @@ from moe_rewrite.nodes import example_value, short_name
 _DECOMPOSED = [torch.ops.aten.native_layer_norm]
 
 
+# Functions that change how operators run: transforms of torch.func, hooks on saved tensors.
+_STATEFUL = ("torch._C._functorch", "torch._functorch", "torch._C._autograd")
+
+
 def trace(fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
     """``fn`` of the values of ``inputs`` as a graph of ATen operators, in their fake mode and with their symbols.
 
@@ -55,6 +59,9 @@ def retrace(
     Raises:
         NotImplementedError: ``nodes`` switch gradients on where they are off.
     """
+    for node in nodes:
+        if (getattr(node.target, "__module__", None) or "").startswith(_STATEFUL):
+            raise NotImplementedError(f"`{node.target}` inside the body")
     switches = [node.args[0] for node in nodes if node.target is torch._C._set_grad_enabled]
     if switches and switches[0] and not switches[-1]:
         raise NotImplementedError("gradients are switched on inside, where they are off outside")
@@ -78,8 +85,6 @@ def retrace(
 def _run_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if "_functorch" in (getattr(node.target, "__module__", None) or ""):
-        raise NotImplementedError("a transform of torch.func inside the body")
     if node.op == "call_function" and callable(node.target):
         return node.target(*args, **kwargs)
     raise NotImplementedError(f"a {node.op} node ({node.target})")
