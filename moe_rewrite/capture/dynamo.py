@@ -44,15 +44,16 @@ from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 __all__ = [
-    "GuardOnDataDependentSymNode",
     "InstructionTranslator",
     "IteratorVariable",
     "SymNodeVariable",
     "TensorVariable",
     "TensorWithTFOverrideVariable",
     "Unsupported",
-    "UserError",
 ]
+
+DYNAMO_ERRORS = (Unsupported, UserError, GuardOnDataDependentSymNode)
+"""What Dynamo raises where it cannot trace on. torch 2.11, 2.13."""
 
 
 class RestartFrame(TensorifyScalarRestartAnalysis):  # type: ignore[misc]

@@ -86,8 +86,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         try:
             with dynamo.same_scope_after():
                 return original(tx)
-        except (dynamo.Unsupported, dynamo.UserError, dynamo.GuardOnDataDependentSymNode) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except dynamo.DYNAMO_ERRORS as error:
+            reason = _reason(error)
             if capture.loops:
                 capture.loops[-1].refuse(f"Dynamo cannot trace the body: {reason}")
             if not widened or isinstance(error, dynamo.Unsupported):
@@ -141,6 +141,16 @@ def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = No
         if path is not None and dynamo.assume_not_empty(variable, output, path.symbols_at_start):
             path.assumes_rows = True
     return original(variable, output)
+
+
+def _reason(error: BaseException) -> str:
+    """What Dynamo could not do, in one line: the error that others were raised from says it best."""
+    first = error
+    while (cause := first.__cause__ or first.__context__) is not None and isinstance(cause, dynamo.DYNAMO_ERRORS):
+        first = cause
+    lines = [line.strip() for line in str(first).strip().splitlines()]
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    return " ".join(filter(None, (lines[0] if lines else type(first).__name__, explanation)))
 
 
 def _make_iterator(original: Callable[..., Any], iterator: Any, *args: Any, **kwargs: Any) -> None:
