@@ -1,0 +1,309 @@
+"""The parts that the experts backends are made of: pairs in two orders, and the grouped product."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_rewrite.loop import ExpertsLoop, Kind, TopKDispatch, Value
+from moe_rewrite.lower.grouped_product import grouped_product
+from moe_rewrite.lower.pairs import Pairs
+
+NUM_EXPERTS = 5
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Expert ids, and the experts that the loop runs for."""
+
+    ids: Tensor
+    experts: tuple[range, ...] = (range(NUM_EXPERTS),)
+    visited: Tensor | None = None
+    in_range: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return max(experts.stop for experts in self.experts)
+
+    def pairs(self) -> Pairs:
+        dispatch = TopKDispatch(Value("ids", Kind.INVARIANT, self.ids), None, self.in_range)
+        loop = ExpertsLoop("", "", self.experts, self.num_experts, dispatch, (), (), ())
+        return Pairs.in_token_order(loop, self.ids, self.visited)
+
+    def counts(self) -> list[bool]:
+        """For each entry of the ids, whether the loop runs its expert."""
+        run = {expert for experts in self.experts for expert in experts}
+        if self.visited is not None:
+            run &= set(self.visited.nonzero().flatten().tolist())
+        return [expert in run for expert in self.ids.flatten().tolist()]
+
+
+def drawn(*shape: int, low: int = 0, high: int = NUM_EXPERTS) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(0))
+
+
+CASES = {
+    "top-k": Case(drawn(7, 2), in_range=True),
+    "not known to be in range": Case(drawn(7, 2)),
+    "int32": Case(drawn(7, 2).int()),
+    "one pair": Case(torch.tensor([[3]]), in_range=True),
+    "no pair": Case(drawn(0, 2), in_range=True),
+    "no pair, not known to be in range": Case(drawn(0, 2)),
+    "one dimension": Case(drawn(9)),
+    "three dimensions": Case(drawn(2, 3, 2)),
+    "one slot": Case(drawn(6, 1)),
+    "all on the first": Case(torch.zeros(4, 2, dtype=torch.int64), in_range=True),
+    "all on the last": Case(torch.full((4, 2), NUM_EXPERTS - 1), in_range=True),
+    "expert with no token": Case(drawn(8, 2, high=2), in_range=True),
+    "out of range": Case(drawn(9, 2, low=-2, high=NUM_EXPERTS + 3)),
+    "all out of range": Case(torch.full((3, 2), NUM_EXPERTS)),
+    "all but one out of range": Case(torch.tensor([[NUM_EXPERTS, NUM_EXPERTS], [-1, 2]])),
+    "some experts": Case(drawn(9, 2), experts=(range(1, 3),)),
+    "two ranges": Case(drawn(9, 2), experts=(range(0, 1), range(3, 5))),
+    "visited": Case(drawn(9, 2), visited=torch.tensor([True, False, True, True, False])),
+    "visited, as counts": Case(drawn(9, 2), visited=torch.tensor([2, 0, 256, 1, 0])),
+    "none visited": Case(drawn(9, 2), visited=torch.zeros(NUM_EXPERTS, dtype=torch.bool)),
+}
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+both_orders = pytest.mark.parametrize("is_sorted", [False, True], ids=["token order", "sorted"])
+
+
+def in_order(case: Case, is_sorted: bool) -> Pairs:
+    return case.pairs().sorted_by_expert(case.num_experts) if is_sorted else case.pairs()
+
+
+def valid_of(pairs: Pairs) -> Tensor:
+    return torch.ones_like(pairs.expert, dtype=torch.bool) if pairs.valid is None else pairs.valid
+
+
+@every_case
+def test_token_order(case):
+    pairs, counts = case.pairs(), case.counts()
+    assert pairs.shape == case.ids.shape
+    assert pairs.offsets is None
+    assert pairs.inverse is None
+    assert valid_of(pairs).tolist() == counts
+    for place, (expert, count) in enumerate(zip(case.ids.flatten().tolist(), counts, strict=True)):
+        if count:
+            assert (pairs.expert[place], pairs.position[place]) == (expert, place)
+
+
+@every_case
+def test_sorted_by_expert(case):
+    """The pairs of one expert stand side by side, in token order; those of no expert come last."""
+    pairs, counts = in_order(case, True), case.counts()
+    ids = case.ids.flatten().tolist()
+    assert pairs.offsets.dtype is torch.int32
+    assert pairs.offsets.shape == (case.num_experts,)
+    ends = pairs.offsets.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        own = [place for place, (e, count) in enumerate(zip(ids, counts, strict=True)) if count and e == expert]
+        assert pairs.position[start:end].tolist() == own
+        assert pairs.expert[start:end].tolist() == [expert] * len(own)
+    assert ends[-1] == sum(counts)
+    assert valid_of(pairs).tolist() == [place < sum(counts) for place in range(len(ids))]
+
+
+@every_case
+@both_orders
+def test_pairs_of_no_expert_borrow_one_that_counts(case, is_sorted):
+    """What is computed for them is computed from a token, a slot and an expert that eager combines too."""
+    pairs, counts = in_order(case, is_sorted), case.counts()
+    assert ((pairs.expert >= 0) & (pairs.expert < case.num_experts)).all()
+    ids = case.ids.flatten()
+    for expert, position in zip(pairs.expert.tolist(), pairs.position.tolist(), strict=True):
+        if any(counts):
+            assert counts[position]
+            assert ids[position] == expert
+
+
+@every_case
+@both_orders
+def test_back_to_token_order(case, is_sorted):
+    pairs, counts = in_order(case, is_sorted), torch.tensor(case.counts(), dtype=torch.bool)
+    rows = torch.randn(case.ids.numel(), 3, generator=torch.Generator().manual_seed(0))
+    back = pairs.to_token_order(rows[pairs.position])
+    assert back.shape == rows.shape
+    assert torch.equal(back[counts], rows[counts])
+
+
+@every_case
+@both_orders
+def test_coordinates(case, is_sorted):
+    pairs = in_order(case, is_sorted)
+    wanted = torch.unravel_index(pairs.position, case.ids.shape)
+    for axis in range(case.ids.dim()):
+        assert torch.equal(pairs.coordinate(axis), wanted[axis])
+    assert torch.equal(pairs.coordinate(None), torch.zeros_like(pairs.position))
+
+
+@every_case
+@both_orders
+@pytest.mark.parametrize("trailing", [(), (2,), (2, 3)], ids=len)
+def test_only_valid(case, is_sorted, trailing):
+    """Not even a NaN gets out of a pair of no expert, forward or backward."""
+    pairs = in_order(case, is_sorted)
+    valid = valid_of(pairs)
+    rows = torch.randn(case.ids.numel(), *trailing, dtype=torch.float64)
+    rows[~valid] = math.nan
+    rows.requires_grad_()
+    kept = pairs.only_valid(rows)
+    assert torch.equal(kept[valid], rows[valid])
+    assert not kept[~valid].any()
+    (gradient,) = torch.autograd.grad(kept.square().sum(), rows)
+    assert torch.equal(gradient[valid], 2 * rows[valid].detach())
+    assert not gradient[~valid].any()
+
+
+@every_case
+def test_lent_rows(case):
+    """The rows of pairs of no expert, which a kernel may leave unwritten, are replaced by the first that counts."""
+    pairs = in_order(case, True)
+    valid = valid_of(pairs)
+    rows = torch.randn(case.ids.numel(), 3, dtype=torch.float64)
+    rows[~valid] = math.nan
+    rows.requires_grad_()
+    lent = pairs.lend(rows)
+    assert torch.equal(lent[valid], rows[valid])
+    if valid.any():
+        assert (lent[~valid] == rows[0]).all()
+        (gradient,) = torch.autograd.grad(lent.sum(), rows)
+        assert gradient.isfinite().all()
+        assert not gradient[~valid].any()
+
+
+@every_case
+@both_orders
+def test_harmless_index(case, is_sorted):
+    """Where no pair counts, what would be looked up for them is looked up at 0."""
+    pairs = in_order(case, is_sorted)
+    index = pairs.position + 100
+    harmless = pairs.harmless_index(index)
+    assert torch.equal(harmless, index if any(case.counts()) or case.in_range else torch.zeros_like(index))
+
+
+# --- the grouped product ---------------------------------------------------------------------------------------------
+
+GROUPS = {
+    "some empty": [3, 0, 4, 1],
+    "all empty": [0, 0, 0],
+    "one group": [6],
+    "all in the first": [5, 0, 0],
+    "all in the last": [0, 0, 5],
+    "one row each": [1, 1, 1, 1],
+}
+LAYOUTS = {  # how a weight [E, K, N] lies in memory
+    "[E, K, N]": lambda weight: weight,
+    "[E, N, K]": lambda weight: weight.transpose(1, 2).contiguous().transpose(1, 2),
+    "part of a larger one": lambda weight: torch.cat([weight, weight], -1)[..., : weight.shape[-1]],
+}
+every_grouping = pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
+past_the_last = pytest.mark.parametrize("rest", [0, 3], ids=["no rows past the last group", "rows past the last group"])
+
+
+def operands(sizes: list[int], rest: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[P, 6]``, weight ``[E, 6, 4]`` and offsets for groups of ``sizes`` rows and ``rest`` rows of no group."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(sizes) + rest, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(len(sizes), 6, 4, generator=generator, dtype=torch.float64)
+    return rows.to(dtype), weight.to(dtype), torch.tensor(sizes).cumsum(0).int()
+
+
+def one_by_one(rows: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    groups = rows[: sum(sizes)].split(sizes)
+    return torch.cat([group @ matrix for group, matrix in zip(groups, weight, strict=True)])
+
+
+@every_grouping
+@past_the_last
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_grouped_product(sizes, rest, layout):
+    rows, weight, offsets = operands(sizes, rest)
+    result = grouped_product(rows, layout(weight), offsets)
+    assert result.shape == (sum(sizes) + rest, weight.shape[2])
+    torch.testing.assert_close(result[: sum(sizes)], one_by_one(rows, weight, sizes))
+
+
+@every_grouping
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_grouped_product_in_other_dtypes(sizes, dtype):
+    """The same kernel on the same operands as one product after the other."""
+    rows, weight, offsets = operands(sizes, dtype=dtype)
+    result = grouped_product(rows, weight, offsets)
+    assert result.dtype is dtype
+    torch.testing.assert_close(result, one_by_one(rows, weight, sizes))
+
+
+@every_grouping
+@past_the_last
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_grouped_product_gradients(sizes, rest, layout):
+    rows, weight, offsets = operands(sizes, rest)
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        return grouped_product(rows, weight, offsets)[: sum(sizes)]
+
+    inputs = rows.requires_grad_(), layout(weight).detach().requires_grad_()
+    assert torch.autograd.gradcheck(product, inputs)
+
+
+@every_grouping
+def test_gradient_that_is_expanded(sizes):
+    """``result.sum().backward()`` gives a gradient without memory of its own."""
+    rows, weight, offsets = operands(sizes)
+    rows.requires_grad_()
+    weight.requires_grad_()
+    actual = torch.autograd.grad(grouped_product(rows, weight, offsets).sum(), (rows, weight))
+    expected = torch.autograd.grad(one_by_one(rows, weight, sizes).sum(), (rows, weight))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("only", [0, 1], ids=["rows", "weight"])
+def test_gradient_of_one_operand(only):
+    sizes = GROUPS["some empty"]
+    *inputs, offsets = operands(sizes)
+    inputs[only].requires_grad_()
+    (actual,) = torch.autograd.grad(grouped_product(*inputs, offsets).square().sum(), inputs[only])
+    (expected,) = torch.autograd.grad(one_by_one(*inputs, sizes).square().sum(), inputs[only])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 4, 1], [0, 0, 0]], ids=str)
+@past_the_last
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
+def test_operator_of_the_product(sizes, rest, requires_grad):
+    rows, weight, offsets = operands(sizes, rest)
+    inputs = rows.requires_grad_(requires_grad), weight.requires_grad_(requires_grad), offsets
+    torch.library.opcheck(torch.ops.moe_rewrite.grouped_mm.default, inputs)
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 4, 1], [0, 0, 0]], ids=str)
+@past_the_last
+def test_operator_of_the_weight_gradient(sizes, rest):
+    rows, weight, offsets = operands(sizes, rest)
+    gradient = torch.randn(rows.shape[0], weight.shape[2], dtype=rows.dtype)
+    torch.library.opcheck(torch.ops.moe_rewrite.grouped_outer.default, (rows, gradient, offsets))
+    result = torch.ops.moe_rewrite.grouped_outer(rows, gradient, offsets)
+    groups = zip(rows[: sum(sizes)].split(sizes), gradient[: sum(sizes)].split(sizes), strict=True)
+    torch.testing.assert_close(result, torch.stack([group.T @ own for group, own in groups]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_grouped_product_compiles(dynamic):
+    compiled = torch.compile(grouped_product, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for sizes in GROUPS["some empty"], [2, 2, 2, 5]:
+        rows, weight, offsets = operands(sizes)
+        rows.requires_grad_()
+        result = compiled(rows, weight, offsets)
+        torch.testing.assert_close(result, one_by_one(rows, weight, sizes))
+        (gradient,) = torch.autograd.grad(result.square().sum(), rows)
+        (expected,) = torch.autograd.grad(one_by_one(rows, weight, sizes).square().sum(), rows)
+        torch.testing.assert_close(gradient, expected)
