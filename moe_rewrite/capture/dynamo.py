@@ -157,7 +157,9 @@ def is_live(tx: Any, name: str) -> bool:
 
 
 def user_location(tx: Any) -> str:
-    """``file:line`` of the instruction that is being traced."""
+    """``file:line`` of the instruction that is being traced; of its caller where Dynamo put code of its own there."""
+    while tx.parent is not None and "/torch/_dynamo/" in tx.f_code.co_filename:
+        tx = tx.parent
     return f"{tx.f_code.co_filename}:{tx.lineno}"
 
 

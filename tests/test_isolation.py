@@ -1,0 +1,123 @@
+"""Other compiles of the process are none of our business."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+from loops import Moe, inputs, plain
+from torch import fx
+
+import moe_rewrite
+from moe_rewrite import markers
+
+LOOP = plain
+
+
+def count_graphs(backend: str | None = None) -> int:
+    """How many graphs Dynamo makes of the plain loop, for a counting backend that is not ours."""
+    graphs = 0
+
+    def counting(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(Moe(LOOP), backend=counting)(*inputs())
+    return graphs
+
+
+def compile_ours(**options: Any) -> torch.Tensor:
+    torch._dynamo.reset()
+    module = Moe(LOOP)
+    result: torch.Tensor = torch.compile(module, backend="moe_rewrite", options={"inner": "eager", **options})(
+        *inputs()
+    )
+    torch.testing.assert_close(result, module(*inputs()))
+    return result
+
+
+def settings() -> dict[str, Any]:
+    modules = (torch._dynamo.config, torch._inductor.config)
+    return {f"{m.__name__}.{k}": copy.copy(v) for m in modules for k, v in m.get_config_copy().items()}
+
+
+def test_stock_compiles_are_as_without_us() -> None:
+    before = count_graphs()
+    compile_ours()
+    assert count_graphs() == before
+    program = "import test_isolation, sys; print(test_isolation.count_graphs())"
+    alone = "import sys; sys.modules['moe_rewrite.backend'] = None\n" + program  # the backend cannot be imported
+    result = subprocess.run(
+        [sys.executable, "-c", alone], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0 or int(result.stdout.split()[-1]) == before
+
+
+def test_loop_is_no_graph_for_stock() -> None:
+    assert count_graphs() > 1
+
+
+def test_config_is_left_alone() -> None:
+    before = settings()
+    compile_ours()
+    compile_ours(experts="eager")
+    assert settings() == before
+
+
+def test_nothing_is_left_behind_by_an_error() -> None:
+    before, graphs = settings(), count_graphs()
+    with pytest.raises(moe_rewrite.OptionsError):
+        compile_ours(experts="no such")
+
+    def fails(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        compile_ours(inner=fails)
+    assert settings() == before
+    assert count_graphs() == graphs
+    compile_ours()
+
+
+def test_two_threads() -> None:
+    failures: list[BaseException] = []
+
+    def work(name: str) -> None:
+        try:
+            module = Moe(LOOP)
+            compiled = torch.compile(module, backend="moe_rewrite", options={"inner": "eager", "experts": name})
+            torch.testing.assert_close(compiled(*inputs()), module(*inputs()))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("batched_mm", "grouped_mm")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: markers.loop_begin(torch.zeros(2, 1, dtype=torch.int64), 0),
+        lambda: markers.select(torch.zeros(2, 3), 0, torch.tensor(1)),
+        lambda: markers.number(torch.tensor(1), 4),
+        lambda: markers.loop_end(torch.tensor(1), [0, 4], False),
+    ],
+    ids=["loop_begin", "select", "number", "loop_end"],
+)
+def test_marker_that_is_executed(call: Any) -> None:
+    with pytest.raises(moe_rewrite.MarkerExecutedError, match="without having been rewritten"):
+        call()
