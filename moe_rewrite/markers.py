@@ -5,11 +5,22 @@ for one symbolic expert, between two markers::
 
     index = moe_rewrite.loop_begin(hits, 0)
     ...                                    # the body; W[index] is moe_rewrite.select(W, 0, index)
-    moe_rewrite.loop_end(index, [0, 8], True)
+    moe_rewrite.loop_end(index, [0, 8], SOME_ROWS)
 
-Where Python in the body asks about the index (``if expert == num_experts: continue``) the body is
-captured once for each set of index values that takes the same way through it, a *path*; ``loop_end`` names
-that set. Every marker raises when it is executed: a captured loop is rewritten or it is not run.
+A loop over a range, or over modules that are alike, has ``torch.arange(E)`` for its hits. What one iteration leaves to
+the next in a local variable goes through a pair of markers, as does what it appends to a list::
+
+    index = moe_rewrite.loop_begin(arange, 0)
+    carry = moe_rewrite.carry_in(index, out)
+    ...
+    out_after = moe_rewrite.carry_out(index, carry, added)     # `out` after the last iteration
+    collected = moe_rewrite.collect(index, y, 8)               # `torch.stack` of what the 8 iterations appended
+    moe_rewrite.loop_end(index, [0, 8], ANY_ROWS)
+
+Where Python in the body asks about the index (``if expert == num_experts: continue``), whether there are rows, or
+about a truth that is a tensor, the body is captured once for each way through it, a *path*; ``loop_end`` and
+``condition`` say for which iterations the path holds. Every marker raises when it is executed: a captured loop is
+rewritten or it is not run.
 """
 
 from __future__ import annotations
@@ -25,7 +36,11 @@ _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("loop_begin(Tensor hits, int path) -> Tensor")
 _LIBRARY.define("select(Tensor input, int dim, Tensor index) -> Tensor")
 _LIBRARY.define("number(Tensor index, int num_values) -> SymInt")
-_LIBRARY.define("loop_end(Tensor index, int[] experts, bool assumes_rows) -> ()")
+_LIBRARY.define("condition(Tensor index, Tensor truth, bool taken) -> ()")
+_LIBRARY.define("carry_in(Tensor index, Tensor start) -> Tensor")
+_LIBRARY.define("carry_out(Tensor index, Tensor carry, Tensor end) -> Tensor")
+_LIBRARY.define("collect(Tensor index, Tensor value, int num_values) -> Tensor")
+_LIBRARY.define("loop_end(Tensor index, int[] experts, int rows) -> ()")
 
 loop_begin = torch.ops.moe_rewrite.loop_begin.default
 """``loop_begin(hits, path) -> index``. Opens a loop over the rows of ``hits``; ``index`` has the shape of one row.
@@ -39,13 +54,28 @@ select = torch.ops.moe_rewrite.select.default
 number = torch.ops.moe_rewrite.number.default
 """``number(index, num_values) -> int``. ``index.item()``, a number from 0 to ``num_values - 1``."""
 
+condition = torch.ops.moe_rewrite.condition.default
+"""``condition(index, truth, taken)``. The path holds for the iterations in which ``bool(truth)`` is ``taken``."""
+
+carry_in = torch.ops.moe_rewrite.carry_in.default
+"""``carry_in(index, start)``. A local variable at the start of an iteration; ``start`` is its value before the loop."""
+
+carry_out = torch.ops.moe_rewrite.carry_out.default
+"""``carry_out(index, carry, end)``. Its value after the loop; ``end`` is its value at the end of an iteration."""
+
+collect = torch.ops.moe_rewrite.collect.default
+"""``collect(index, value, num_values) -> [num_values, ...]``. The ``value`` of each iteration, one after the other."""
+
 loop_end = torch.ops.moe_rewrite.loop_end.default
-"""``loop_end(index, experts, assumes_rows)``. Closes the loop that ``index`` opened.
+"""``loop_end(index, experts, rows)``. Closes the loop that ``index`` opened.
 
 ``experts`` holds half-open ranges ``[start, stop, start, stop, ...]``: the index values for which the body
-between the markers is what the loop does. ``assumes_rows`` says that Python in the body asked whether the
-expert had any rows, and was told that it had.
+between the markers is what the loop does. ``rows`` says what Python in the body was told when it asked whether the
+expert had any rows: :data:`ANY_ROWS` where it did not ask.
 """
+
+ANY_ROWS, SOME_ROWS, NO_ROWS = range(3)
+"""Whether the body between the markers is for experts with rows, for those without, or for all."""
 
 
 def _refuse_to_run(*_: Any) -> NoReturn:
@@ -56,7 +86,7 @@ def _refuse_to_run(*_: Any) -> NoReturn:
     )
 
 
-for _name in ("loop_begin", "select", "number", "loop_end"):
+for _name in ("loop_begin", "select", "number", "condition", "carry_in", "carry_out", "collect", "loop_end"):
     _LIBRARY.impl(_name, _refuse_to_run, "CompositeExplicitAutograd")
 
 
@@ -80,16 +110,37 @@ def _(index: Tensor, num_values: int) -> torch.SymInt:
 
 
 @torch.library.register_fake("moe_rewrite::loop_end", lib=_LIBRARY)
-def _(index: Tensor, experts: list[int], assumes_rows: bool) -> None:
+def _(index: Tensor, experts: list[int], rows: int) -> None:
     return None
+
+
+@torch.library.register_fake("moe_rewrite::condition", lib=_LIBRARY)
+def _(index: Tensor, truth: Tensor, taken: bool) -> None:
+    return None
+
+
+@torch.library.register_fake("moe_rewrite::carry_in", lib=_LIBRARY)
+def _(index: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(start)
+
+
+@torch.library.register_fake("moe_rewrite::carry_out", lib=_LIBRARY)
+def _(index: Tensor, carry: Tensor, end: Tensor) -> Tensor:
+    return torch.empty_like(end)
+
+
+@torch.library.register_fake("moe_rewrite::collect", lib=_LIBRARY)
+def _(index: Tensor, value: Tensor, num_values: int) -> Tensor:
+    return value.new_empty(num_values, *value.shape)
 
 
 def _no_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     _refuse_to_run()
 
 
-torch.library.register_autograd("moe_rewrite::select", _no_backward, lib=_LIBRARY)
+for _name in ("select", "carry_in", "carry_out", "collect"):
+    torch.library.register_autograd(f"moe_rewrite::{_name}", _no_backward, lib=_LIBRARY)
 
-# `loop_end` has no result: without this, dead code elimination would drop it.
-torch.fx.node.has_side_effect(loop_end)
-torch.fx.node.has_side_effect(loop_begin)
+# Without this, dead code elimination would drop those that have no result.
+for _marker in (loop_begin, condition, loop_end):
+    torch.fx.node.has_side_effect(_marker)

@@ -114,7 +114,7 @@ def test_two_threads() -> None:
         lambda: markers.loop_begin(torch.zeros(2, 1, dtype=torch.int64), 0),
         lambda: markers.select(torch.zeros(2, 3), 0, torch.tensor(1)),
         lambda: markers.number(torch.tensor(1), 4),
-        lambda: markers.loop_end(torch.tensor(1), [0, 4], False),
+        lambda: markers.loop_end(torch.tensor(1), [0, 4], 0),
     ],
     ids=["loop_begin", "select", "number", "loop_end"],
 )

@@ -194,6 +194,19 @@ def scale_divided_by_number_of_rows(m, x, ids, weights, expert, slot, token):
     return x[token] * (m.scale[expert] / token.numel())
 
 
+@refused_body("number of rows")
+def divided_in_place_by_number_of_rows(m, x, ids, weights, expert, slot, token):
+    rows = x[token]
+    rows.div_(token.shape[0])
+    return rows
+
+
+@refused_body("number of rows")
+def clamped_in_place_by_number_of_rows(m, x, ids, weights, expert, slot, token):
+    rows = x[token] * 9
+    return rows.clamp_(max=token.shape[0])
+
+
 @refused_body("data-dependent|number of rows")
 def padded_with_number_of_rows(m, x, ids, weights, expert, slot, token):
     return F.pad(x[token][:, :-1], (0, 1), value=token.shape[0])
@@ -524,7 +537,7 @@ for _name, _use in (
     refused(SIDE_EFFECT)(appending(_use, _name))
 
 
-@refused("plain `for`|side effect")
+@refused("plain `for`|side effect|graph breaks")
 def comprehension(m, x, ids, weights):
     mask = m.mask(ids)
     return torch.stack([(mask[expert].squeeze(0).sum() * m.scale[expert]).sum() for expert in hits(mask)])
@@ -712,6 +725,9 @@ for _name, _numbers in (
     ("next_of_cycle", lambda: itertools.cycle([1.0, 2.0, 3.0])),
     ("next_of_generator", halving),
     ("next_of_range", lambda: iter(range(1, 9))),
+    ("next_of_dict", lambda: iter({1.0: 0, 2.0: 0, 3.0: 0, 4.0: 0})),
+    ("next_of_values", lambda: iter({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}.values())),
+    ("next_of_set", lambda: iter({1, 2, 3, 4})),
 ):
     refused(f"{SIDE_EFFECT}|iterator")(advancing(_numbers, _name))
 
@@ -1798,6 +1814,13 @@ def _scale_without_gradient(m, x, ids, weights, expert, slot, token):
     return m.expert(x[token], expert) * scale
 
 
+def _changed_in_place_without_gradient(m, x, ids, weights, expert, slot, token):
+    rows = x[token] * 1
+    with torch.no_grad():
+        rows.mul_(2)
+    return rows * rows
+
+
 def _straight_through(m, x, ids, weights, expert, slot, token):
     rows = m.expert(x[token], expert)
     return rows + (rows.round() - rows).detach()
@@ -1878,6 +1901,7 @@ GRADIENTS: tuple[Loop, ...] = (
         (
             _rows_without_gradient,
             _scale_without_gradient,
+            _changed_in_place_without_gradient,
             _straight_through,
             _weight_detached,
             _index_compared_in_no_grad,

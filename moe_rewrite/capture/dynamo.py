@@ -37,7 +37,6 @@ from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable
-from torch._dynamo.variables.lists import RangeIteratorVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
@@ -337,13 +336,22 @@ def iteration_method() -> str:
     return "tp_iter_impl" if hasattr(TensorVariable, "tp_iter_impl") else "method___iter__"
 
 
-UNCHECKED_ITERATORS = (LocalGeneratorObjectVariable, RangeIteratorVariable)
-"""Iterators that Dynamo advances without asking whether they may be changed. torch 2.11, 2.13."""
+NEXT_METHOD = "tp_iternext_impl" if hasattr(VariableTracker, "tp_iternext_impl") else "next_variable"
+"""The method that advances an iterator. torch 2.11 (the latter), 2.13 (the former)."""
 
 
-def next_method(iterator: type) -> str:
-    """The method that advances an iterator. torch 2.11 (the latter), 2.13 (the former)."""
-    return "tp_iternext_impl" if "tp_iternext_impl" in vars(iterator) else "next_variable"
+def iterators() -> list[type]:
+    """Dynamo's classes of iterators, each of which advances in a way of its own. torch 2.11, 2.13.
+
+    Not all of them ask whether they may be changed before they advance.
+    """
+    found, waiting = [], [IteratorVariable, LocalGeneratorObjectVariable]
+    while waiting:
+        cls = waiting.pop()
+        waiting += [sub for sub in cls.__subclasses__() if sub.__module__.startswith("torch._dynamo")]
+        if NEXT_METHOD in vars(cls):
+            found.append(cls)
+    return found
 
 
 def current_scope() -> int:

@@ -100,9 +100,9 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
     dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
-    for iterator in dynamo.UNCHECKED_ITERATORS:
+    for iterator in dynamo.iterators():
         dynamo.wrap_method(iterator, "__init__", _make_iterator)
-        dynamo.wrap_method(iterator, dynamo.next_method(iterator), _advance_iterator)
+        dynamo.wrap_method(iterator, dynamo.NEXT_METHOD, _advance_iterator)
 
 
 def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:

@@ -126,7 +126,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             )
         if dynamo.python_state(tx.output, path.scope) != path.state_at_start:
             self.refuse("the body changes a Python object, or draws a random number, once in every iteration")
-        dynamo.call_in_graph(tx, markers.loop_end, [path.index.as_tensor(), _ranges(path.experts), path.assumes_rows])
+        rows = markers.SOME_ROWS if path.assumes_rows else markers.ANY_ROWS
+        dynamo.call_in_graph(tx, markers.loop_end, [path.index.as_tensor(), _ranges(path.experts), rows])
 
     def decide(self, holds: Callable[[int], bool]) -> bool:
         """Answer a question about the index so that the answer holds for all index values of the path."""

@@ -16,7 +16,7 @@ from torch._decomp import get_decompositions
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_rewrite.nodes import example_value, short_name
+from moe_rewrite.nodes import changes_something, example_value, short_name
 
 # Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand.
 _DECOMPOSED = [torch.ops.aten.native_layer_norm]
@@ -57,7 +57,7 @@ def retrace(
     gradients off are detached, so that the retraced graph says so itself.
 
     Raises:
-        NotImplementedError: ``nodes`` switch gradients on where they are off.
+        NotImplementedError: ``nodes`` switch gradients on where they are off, or change something where they are off.
     """
     for node in nodes:
         if (getattr(node.target, "__module__", None) or "").startswith(_STATEFUL):
@@ -73,6 +73,9 @@ def retrace(
             if node.target is torch._C._set_grad_enabled:
                 detached = not node.args[0]
                 continue
+            if detached and changes_something(node):
+                # What it changes keeps its history: as an operator of its own result it would lose it.
+                raise NotImplementedError(f"`{node.target}` changes something in place, where gradients are switched off")
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])  # type: ignore[arg-type]
             result = _run_node(node, args, kwargs)
             env[node] = _detach(result) if detached else result
