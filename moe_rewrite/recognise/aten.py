@@ -75,7 +75,9 @@ def retrace(
                 continue
             if detached and changes_something(node):
                 # What it changes keeps its history: as an operator of its own result it would lose it.
-                raise NotImplementedError(f"`{node.target}` changes something in place, where gradients are switched off")
+                raise NotImplementedError(
+                    f"`{node.target}` changes something in place, where gradients are switched off"
+                )
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])  # type: ignore[arg-type]
             result = _run_node(node, args, kwargs)
             env[node] = _detach(result) if detached else result

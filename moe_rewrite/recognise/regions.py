@@ -61,5 +61,9 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         inputs = dict.fromkeys(arg for node in body for arg in node.all_input_nodes if arg not in inside)
         bounds: list[int] = end.args[1] if end is not None else []  # type: ignore[assignment]
         experts = tuple(range(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True))
-        regions.append(Region(begin, end, body, tuple(inputs), experts, bool(end.args[2] == markers.SOME_ROWS) if end else False, loop))
+        regions.append(
+            Region(
+                begin, end, body, tuple(inputs), experts, bool(end.args[2] == markers.SOME_ROWS) if end else False, loop
+            )
+        )
     return regions

@@ -310,7 +310,7 @@ class RowProgram:
         if value.kind is not Kind.PER_ROW or _may_alias(target) or any(map(_may_alias, target.users)):
             raise Refused(f"`{op}` changes a tensor in place that something else may see", node)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self._values[n])  # type: ignore[misc]
-        result = self._on_rows(node, functional, rules.arguments(functional, args, kwargs), args, kwargs)
+        result: Value = self._on_rows(node, functional, rules.arguments(functional, args, kwargs), args, kwargs)
         self._values[target] = result
         return result
 
