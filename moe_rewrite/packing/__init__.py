@@ -1,0 +1,16 @@
+"""Experts that are modules of their own, with their parameters in one buffer for each name.
+
+A ``nn.ModuleList`` of experts holds E small weights where a rewritten loop needs one ``[E, N, K]`` table. :func:`pack`
+puts them there: one buffer for each name, and every parameter a view of its row. The parameters stay the objects they
+were, so optimisers, checkpoints and the eager model see nothing of it.
+
+* ``alike.py``: are the experts the same program with other values?
+* ``table.py``: one buffer for all experts' parameters of one name, and gradients back to each of them.
+* ``watch.py``: is all of this still so?
+* ``pack.py``: the three together, and the packs that there are.
+"""
+
+from moe_rewrite.packing.alike import NotAlike
+from moe_rewrite.packing.pack import Pack, pack
+
+__all__ = ["NotAlike", "Pack", "pack"]

@@ -1,0 +1,214 @@
+"""Packs: the tables of some experts, and the module that is traced in their place."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_rewrite.errors import MoeRewriteError
+from moe_rewrite.packing.alike import INTERNAL, Anatomy, anatomies, copied, is_unreal, join
+from moe_rewrite.packing.table import Table, check_memory, ordinary_tensors
+from moe_rewrite.packing.watch import ModulesWatch, TensorsWatch
+
+log = logging.getLogger("moe_rewrite")
+
+_packs: weakref.WeakKeyDictionary[nn.Module, list[Pack]] = weakref.WeakKeyDictionary()
+"""The packs of the experts that begin with a module, the latest last. Packs do not keep that module."""
+
+_MOST_PACKS = 8
+"""How many packs of one list of experts are remembered. As many as Dynamo compiles a function by default."""
+
+_lock = threading.RLock()
+
+
+def pack(modules: Sequence[nn.Module], *, copy: bool = True) -> Pack:
+    """Put the parameters and buffers of alike experts into one table for each name.
+
+    The same pack comes back for as long as nothing changed. Where only attributes changed (``train()``, ``eval()``),
+    the next pack has the same tables, and the earlier one is good again when the attributes are as they were.
+
+    Args:
+        modules: the experts: modules of one class that differ in nothing but the values of their parameters and
+            buffers, and in which of them require a gradient.
+        copy: move the parameters into the tables: each keeps its identity and becomes a view of its row. Without, they
+            stay where they are and :meth:`Pack.inputs` stacks them at each call. Fake and meta tensors always stay.
+
+    Raises:
+        NotAlike: the experts cannot be packed; says which one, and why. Nothing was changed.
+    """
+    experts = list(modules)
+    with _lock:
+        if experts and isinstance(experts[0], nn.Module):
+            known = [before for before in _packs.get(experts[0], []) if before.copy == copy]
+            for before in reversed(known):
+                if before.unchanged(experts):
+                    return before
+        else:
+            known = []
+        made = Pack(anatomies(experts), copy, {table for before in known for table in before.tables_held(experts)})
+        others = [before for before in _packs.get(experts[0], []) if not before.released]
+        _packs[experts[0]] = [*others[1 - _MOST_PACKS :], made]
+        return made
+
+
+class Pack:
+    """The tables of some experts. Made by :func:`pack`.
+
+    Attributes:
+        template: a module built as the experts are, of the same classes and with the same attributes. Parameters and
+            buffers are views of row 0 of the tables. They require a gradient where those of any expert do.
+        names: the paths of parameters and buffers from an expert: ``"w1.weight"``.
+        copy: as it was given to :func:`pack`.
+        released: the tables are gone, for good.
+    """
+
+    def __init__(self, experts: Sequence[Anatomy], copy: bool, earlier: set[Table]) -> None:
+        first = experts[0]
+        self.names = tuple(first.tensors)
+        self.copy = copy
+        self.released = False
+        members = {name: tuple(expert.tensors[name] for expert in experts) for name in self.names}
+        self._unreal = any(map(is_unreal, first.tensors.values()))
+        self._moves = copy and not self._unreal
+        known = {tuple(map(id, table.members)): table for table in earlier}
+        kept = {name: known[ids] for name, those in members.items() if (ids := tuple(map(id, those))) in known}
+        if self._moves:
+            check_memory(
+                {
+                    join(f"experts[{number}]", name): tensor
+                    for number, expert in enumerate(experts)
+                    for name, tensor in expert.tensors.items()
+                    if name not in kept
+                }
+            )
+        self._tables = {name: kept.get(name) or Table(name, those, self._moves) for name, those in members.items()}
+        self._wants_grad = {name: any(t.requires_grad for t in those) for name, those in members.items()}
+        with ordinary_tensors(self._unreal):
+            self.template = _template(first, {name: self.table(name) for name in self.names})
+        self._modules_watch: ModulesWatch | None = ModulesWatch(experts)
+        self._tensors_watch: TensorsWatch | None = TensorsWatch([t for those in members.values() for t in those])
+        gone = functools.partial(_gone, weakref.ref(self))
+        self._experts = [weakref.ref(expert.modules[0], gone) for expert in experts]
+        self._ids = [id(expert.modules[0]) for expert in experts]
+        new = [table for table in self._tables.values() if table.packed and table.name not in kept]
+        if new:
+            log.info(
+                "packed %d experts (%s): %s, %.1f MiB",
+                len(experts),
+                type(first.modules[0]).__name__,
+                ", ".join(table.name for table in new),
+                sum(table.nbytes for table in new) / 2**20,
+            )
+
+    def table(self, name: str) -> Tensor:
+        """All experts' ``name`` as ``[E, ...]``, to trace with: a leaf, detached from the parameters.
+
+        Raises:
+            MoeRewriteError: there is no such name.
+        """
+        return self._table(name).leaf(self._wants_grad[name])
+
+    def inputs(self, name: str) -> Tensor:
+        """What a call of the traced code gets for ``table(name)``.
+
+        Where no gradient is wanted, the table itself. Else a tensor in the same memory, whose gradient goes to each
+        expert's own parameter. Without ``copy``, the parameters stacked.
+
+        Raises:
+            MoeRewriteError: there is no such name, or the pack was released.
+        """
+        return self._table(name).read(self._wants_grad[name])
+
+    def unchanged(self, modules: Sequence[nn.Module]) -> bool:
+        """These are the experts of this pack, and tracing its template still means the same as tracing any of them.
+
+        When their parameters are no longer in the tables, the tables are given up.
+
+        What is not noticed: changes inside of attributes that are objects other than built-in containers (a config).
+        The template has the same objects.
+        """
+        if self._modules_watch is None or self._tensors_watch is None or list(map(id, modules)) != self._ids:
+            return False
+        if all(map(Table.holds, self._tables.values())):
+            if self._modules_watch.unchanged(modules) and self._tensors_watch.unchanged():
+                return True
+            if self._has_own_tensors(modules):  # so only something else is different, and may come back
+                return False
+        self._give_up()
+        return False
+
+    def release(self) -> None:
+        """Let go of the memory that is only there to trace with, until :meth:`table` is called again.
+
+        Tables that hold the parameters have no such memory.
+        """
+        for table in self._tables.values():
+            table.release()
+
+    def tables_held(self, modules: Sequence[nn.Module]) -> list[Table]:
+        """Those tables that hold these experts' parameters, as far as this pack knows."""
+        if not self._moves or self.released or list(map(id, modules)) != self._ids:
+            return []
+        return [table for table in self._tables.values() if table.holds()]
+
+    def _table(self, name: str) -> Table:
+        if name not in self._tables:
+            raise MoeRewriteError(f"no parameter or buffer {name!r}; there are: {', '.join(self.names) or 'none'}")
+        return self._tables[name]
+
+    def _has_own_tensors(self, modules: Sequence[nn.Module]) -> bool:
+        """The experts still have the tensors that were packed."""
+        now = [{id(tensor) for tensor in (*module.parameters(), *module.buffers())} for module in modules]
+        return all(
+            id(member) in have
+            for table in self._tables.values()
+            for member, have in zip(table.members, now, strict=True)
+        )
+
+    def _give_up(self) -> None:
+        self.released = True
+        self._modules_watch = self._tensors_watch = None
+        for table in self._tables.values():
+            table.give_up()
+        with ordinary_tensors(self._unreal):
+            for tensor in (*self.template.parameters(), *self.template.buffers()):
+                tensor.data = tensor.detach().new_empty(0)
+
+
+def _gone(pack: weakref.ref[Pack], _: Any) -> None:
+    """An expert was deleted."""
+    alive = pack()
+    if alive is not None and not alive.released:
+        alive._give_up()
+
+
+def _template(first: Anatomy, tables: dict[str, Tensor]) -> nn.Module:
+    clones = [object.__new__(type(module)) for module in first.modules]
+    fresh = [vars(nn.Module()) for _ in clones]
+    for clone, module, path, children, internals in zip(
+        clones, first.modules, first.paths, first.children, fresh, strict=True
+    ):
+        # In the order of the module's own: the order of a `__dict__` can be seen.
+        for name, value in vars(module).items():
+            vars(clone)[name] = internals.get(name, value) if name in INTERNAL else copied(value)
+        vars(clone)["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        vars(clone)["_modules"].update({name: None if at is None else clones[at] for name, at in children})
+        for register in ("_parameters", "_buffers"):
+            for name, tensor in vars(module)[register].items():
+                row = None if tensor is None else _first_row(tables[join(path, name)], tensor)
+                vars(clone)[register][name] = row
+    return clones[0]
+
+
+def _first_row(table: Tensor, like: Tensor) -> Tensor:
+    row: Tensor = table.detach()[0]
+    row = nn.Parameter(row, requires_grad=False) if isinstance(like, nn.Parameter) else row
+    row.requires_grad_(table.requires_grad)
+    vars(row).update({name: copied(value) for name, value in vars(like).items()})
+    return row
