@@ -82,6 +82,13 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in INTERNAL}
 
 
+def tensor_attributes(tensor: Tensor) -> dict[str, Any]:
+    """What was set on a tensor, but for the marks that Dynamo leaves on those it has seen."""
+    if isinstance(tensor, FakeTensor):
+        return {}
+    return {name: value for name, value in vars(tensor).items() if not name.startswith("_dynamo")}
+
+
 def is_unreal(tensor: Tensor) -> bool:
     """Without memory of its own."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
@@ -235,7 +242,7 @@ def _compare_tensors(mine: Tensor, theirs: Tensor, place: str, first: str) -> No
             raise NotAlike(f"{place} has {what} {values[0]}, {first} has {values[1]}")
     if type(mine) is not type(theirs):
         raise NotAlike(f"{place} is a {type(mine).__name__}, {first} a {type(theirs).__name__}")
-    own, others = vars(mine), vars(theirs)
+    own, others = tensor_attributes(mine), tensor_attributes(theirs)
     for name in {**own, **others}:
         if (name in own) != (name in others) or difference(own[name], others[name]) is not None:
             raise NotAlike(f"{place} and {first} differ in the attribute {name} of the tensor")

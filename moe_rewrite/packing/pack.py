@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_rewrite.errors import MoeRewriteError
-from moe_rewrite.packing.alike import INTERNAL, Anatomy, anatomies, copied, is_unreal, join
+from moe_rewrite.packing.alike import INTERNAL, Anatomy, anatomies, copied, is_unreal, join, tensor_attributes
 from moe_rewrite.packing.table import Table, check_memory, ordinary_tensors
 from moe_rewrite.packing.watch import ModulesWatch, TensorsWatch
 
@@ -207,8 +207,8 @@ def _template(first: Anatomy, tables: dict[str, Tensor]) -> nn.Module:
 
 
 def _first_row(table: Tensor, like: Tensor) -> Tensor:
-    row: Tensor = table.detach()[0]
+    row: Tensor = table.detach()[0].data  # no view of autograd's, which would keep the table
     row = nn.Parameter(row, requires_grad=False) if isinstance(like, nn.Parameter) else row
     row.requires_grad_(table.requires_grad)
-    vars(row).update({name: copied(value) for name, value in vars(like).items()})
+    vars(row).update({name: copied(value) for name, value in tensor_attributes(like).items()})
     return row

@@ -42,9 +42,7 @@ class Table:
             self.nbytes = self._tensor.numel() * self._tensor.element_size()
             if packed:
                 self._move()
-            self._leaves = {
-                wants_grad: self._tensor.detach().requires_grad_(wants_grad) for wants_grad in self._kinds()
-            }
+            self._leaves = {wants_grad: self._tensor.data.requires_grad_(wants_grad) for wants_grad in self._kinds()}
         self._pointers = [member.data_ptr() for member in self.members] if packed else None
 
     def _kinds(self) -> tuple[bool, ...]:
@@ -108,7 +106,8 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, table: Table, *members: Tensor) -> Tensor:
         ctx.name, ctx.members = table.name, members
         ctx.versions = [member._version for member in members]
-        return table.leaf(False).detach()
+        result: Tensor = table.leaf(False).data
+        return result
 
     @staticmethod
     @once_differentiable
@@ -149,12 +148,16 @@ def check_memory(tensors: dict[str, Tensor]) -> None:
         # One use is the tensor's, one that of the Python object just made. Seen to work in 2.11 and 2.13.
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2:
             suspects[storage] = place
-    if suspects:
-        _check_others(suspects, {id(tensor) for tensor in tensors.values()})
+    ours = {id(tensor) for tensor in tensors.values()}
+    if suspects and _shared_with_others(suspects, ours):
+        gc.collect()  # that may have been garbage
+        place = _shared_with_others(suspects, ours)
+        if place:
+            raise NotAlike(f"{place} shares its memory with another tensor (one of a state_dict() that is kept, say)")
 
 
-def _check_others(suspects: dict[int, str], ours: set[int]) -> None:
-    """Refuse if a tensor that Python knows is one of the other users of these storages.
+def _shared_with_others(suspects: dict[int, str], ours: set[int]) -> str | None:
+    """The place of a suspect whose storage is that of some other tensor that Python knows.
 
     What only a graph of autograd holds on to does no harm: those are the values of its forward.
     """
@@ -162,7 +165,8 @@ def _check_others(suspects: dict[int, str], ours: set[int]) -> None:
     for other in others:
         place = suspects.get(_storage(other))
         if place is not None and (other.grad_fn is None or _is_held(other, others)):
-            raise NotAlike(f"{place} shares its memory with another tensor (one of a state_dict() that is kept, say)")
+            return place
+    return None
 
 
 def _is_held(tensor: Tensor, besides: list[Tensor]) -> bool:
@@ -172,8 +176,9 @@ def _is_held(tensor: Tensor, besides: list[Tensor]) -> bool:
 def _storage(tensor: Tensor) -> int:
     """The identity of a tensor's storage; 0 where it has none."""
     try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # tensors that are made of others, sparse ones
+        with torch._C.DisableTorchFunctionSubclass():  # seen to work in 2.11 and 2.13
+            return int(tensor.untyped_storage()._cdata)
+    except Exception:  # of all tensors that there are: sparse ones, lazy ones, subclasses with opinions
         return 0
 
 
