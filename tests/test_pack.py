@@ -676,6 +676,13 @@ def test_parameters_that_stay() -> None:
     assert not packed.unchanged(experts)
 
 
+def test_parameters_that_stay_may_not_change_device() -> None:
+    experts = make()
+    packed = pack(experts, copy=False)
+    experts[2].w1.weight.data = experts[2].w1.weight.data.to("meta")  # type: ignore[union-attr]
+    assert not packed.unchanged(experts)
+
+
 def test_memory_for_tracing_is_released() -> None:
     experts = make()
     before = live_bytes()
@@ -1053,6 +1060,50 @@ def test_graph_of_an_eager_call_is_no_obstacle() -> None:
         assert torch.equal(mine.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_buffer_that_is_a_view(watched: bool) -> None:
+    experts = make()
+    before = live_bytes()
+    for expert in experts:
+        expert.offset = expert.offset.clone()[...]  # type: ignore[index, operator]
+    held = experts[0].offset._base  # type: ignore[union-attr]
+    with pytest.raises(NotAlike, match=r"experts\[0\]\.offset shares its memory"):
+        kept = [held]
+        pack(experts)
+    del held, kept
+    references = [weakref.ref(expert.offset) for expert in experts] if watched else []
+    packed = pack(experts)
+    assert packed.unchanged(experts)
+    assert_tables_hold(packed, experts)
+    experts[1].offset.zero_()  # type: ignore[operator]
+    assert not packed.table("offset")[1].any()
+    if not references:
+        assert live_bytes() == before
+
+
 def test_unknown_name() -> None:
     with pytest.raises(MoeRewriteError, match=r"no parameter or buffer 'w9'; there are: weight, bias"):
         pack([nn.Linear(2, 2)]).table("w9")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu() -> None:
+    experts = make(lambda: Expert(256, 512)).cuda()
+    before = values(experts)
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        packed = pack(experts)
+    slack = 512 * len(NAMES) * E  # the allocator rounds to 512 bytes
+    assert abs(torch.cuda.memory_allocated() - allocated) <= slack
+    assert torch.cuda.max_memory_allocated() <= allocated + packed.table("w1.weight").nbytes + slack
+    assert_same(values(experts), before)
+    assert_tables_hold(packed, experts)
+    assert packed.unchanged(experts)
+    experts[1](torch.ones(2, 256, device="cuda")).sum().backward()  # type: ignore[operator]
+    experts.cpu()
+    assert not packed.unchanged(experts)
+    assert torch.cuda.memory_allocated() < allocated / 2
+    with pytest.raises(NotAlike, match="has device"):
+        pack([experts[0], experts[1].cuda()])

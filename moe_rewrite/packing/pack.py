@@ -92,7 +92,9 @@ class Pack:
         with ordinary_tensors(self._unreal):
             self.template = _template(first, {name: self.table(name) for name in self.names})
         self._modules_watch: ModulesWatch | None = ModulesWatch(experts)
-        self._tensors_watch: TensorsWatch | None = TensorsWatch([t for those in members.values() for t in those])
+        self._tensors_watch: TensorsWatch | None = TensorsWatch(
+            [tensor for those in members.values() for tensor in those], may_move=not self._moves
+        )
         gone = functools.partial(_gone, weakref.ref(self))
         self._experts = [weakref.ref(expert.modules[0], gone) for expert in experts]
         self._ids = [id(expert.modules[0]) for expert in experts]

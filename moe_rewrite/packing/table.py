@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Table:
             # The old memory belongs to the stream it was made on, which may be another than that of the copies.
             torch.accelerator.synchronize(self._tensor.device)
         for row, member in zip(rows, self.members, strict=True):
-            member.data = row
+            _become(member, row)
 
     def holds(self) -> bool:
         """The members are still the rows of the table."""
@@ -148,23 +148,24 @@ def check_memory(tensors: dict[str, Tensor]) -> None:
         # One use is the tensor's, one that of the Python object just made. Seen to work in 2.11 and 2.13.
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2:
             suspects[storage] = place
-    ours = {id(tensor) for tensor in tensors.values()}
-    if suspects and _shared_with_others(suspects, ours):
+    if suspects and _shared_with_others(suspects, tensors.values()):
         gc.collect()  # that may have been garbage
-        place = _shared_with_others(suspects, ours)
-        if place:
-            raise NotAlike(f"{place} shares its memory with another tensor (one of a state_dict() that is kept, say)")
+        culprit = _shared_with_others(suspects, tensors.values())
+        if culprit is not None:
+            raise NotAlike(f"{culprit} shares its memory with another tensor (one of a state_dict() that is kept, say)")
 
 
-def _shared_with_others(suspects: dict[int, str], ours: set[int]) -> str | None:
+def _shared_with_others(suspects: dict[int, str], tensors: Iterable[Tensor]) -> str | None:
     """The place of a suspect whose storage is that of some other tensor that Python knows.
 
-    What only a graph of autograd holds on to does no harm: those are the values of its forward.
+    What only a graph of autograd holds on to does no harm: those are the values of its forward. Nor does what a buffer
+    is a view of, where nothing else has it.
     """
+    ours, bases = {id(tensor) for tensor in tensors}, {id(tensor._base) for tensor in tensors}
     others = [obj for obj in gc.get_objects() if issubclass(type(obj), Tensor) and id(obj) not in ours]
     for other in others:
         place = suspects.get(_storage(other))
-        if place is not None and (other.grad_fn is None or _is_held(other, others)):
+        if place is not None and (_is_held(other, others) or not (other.grad_fn or id(other) in bases)):
             return place
     return None
 
@@ -188,6 +189,16 @@ def _row(table: Tensor, index: int) -> Tensor:
     storage = table.untyped_storage()[index * nbytes : (index + 1) * nbytes]
     row = torch.empty(0, dtype=table.dtype, device=table.device)
     return row.set_(storage, 0, table.shape[1:], table.stride()[1:])
+
+
+def _become(member: Tensor, row: Tensor) -> None:
+    """Make a tensor, the same object, a view of a row."""
+    if member._base is not None:  # from_pretrained makes such buffers. What it is a view of would be kept.
+        vars(row).update(vars(member))
+        with contextlib.suppress(RuntimeError):  # weak references to it
+            torch.utils.swap_tensors(member, row)
+            return
+    member.data = row
 
 
 @contextlib.contextmanager

@@ -59,13 +59,19 @@ class ModulesWatch:
 
 
 class TensorsWatch:
-    """What some tensors are now, besides their values and their place in memory."""
+    """What some tensors are now, besides their values and their place in memory.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    Args:
+        tensors: the tensors.
+        may_move: their place in memory is not looked at elsewhere, so it does not tell their device.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], may_move: bool) -> None:
         self._tensors = list(tensors)
         self._sizes = [tensor.size() for tensor in tensors]
         self._dtypes = [tensor.dtype for tensor in tensors]
-        self._devices = [tensor.device for tensor in tensors]
+        self._may_move = [tensor for tensor in tensors if may_move or not tensor.numel()]
+        self._devices = [tensor.device for tensor in self._may_move]
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
 
     def unchanged(self) -> bool:
@@ -75,6 +81,6 @@ class TensorsWatch:
             list(map(Tensor.size, tensors)) == self._sizes
             and all(map(Tensor.is_contiguous, tensors))
             and [tensor.dtype for tensor in tensors] == self._dtypes
-            and [tensor.device for tensor in tensors] == self._devices
+            and [tensor.device for tensor in self._may_move] == self._devices
             and [tensor.requires_grad for tensor in tensors] == self._requires_grad
         )
