@@ -120,8 +120,7 @@ class _Read(torch.autograd.Function):
                     f"backward: it is at version {member._version}, expected version {version}"
                 )
         # Rows become `.grad` as they are. Those of an expanded gradient would share their memory.
-        rows = grad.contiguous().unbind(0)
-        return None, *(row if needed else None for row, needed in zip(rows, ctx.needs_input_grad[1:], strict=True))
+        return None, *grad.contiguous().unbind(0)
 
 
 def check_memory(tensors: dict[str, Tensor]) -> None:
