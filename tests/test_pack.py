@@ -203,7 +203,7 @@ class Odd(nn.Module):
         self.quantised = nn.Parameter(torch.randint(0, 9, (3,), dtype=torch.uint8), requires_grad=False)
         self.phases = nn.Parameter(torch.randn(3, dtype=torch.complex64))
         self.low = nn.Parameter(torch.randn(5).half())
-        self.register_buffer("flags", torch.tensor([True, False, True]))
+        self.register_buffer("flags", torch.tensor([True, False, True]), persistent=False)
         self.register_buffer("trained", torch.randn(2, requires_grad=True))
         self.register_parameter("none", None)
         self.both = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict({"a": nn.LayerNorm(2)})])
@@ -217,6 +217,7 @@ def test_rare_shapes_and_dtypes() -> None:
     assert_same(values(experts), before)
     assert packed.unchanged(experts)
     assert packed.table("trained").requires_grad
+    assert list(packed.template.state_dict()) == list(experts[0].state_dict())
     assert not packed.table("quantised").requires_grad
 
 
@@ -378,6 +379,10 @@ def test_replaced_parameters_are_not_kept() -> None:
     experts.load_state_dict(copy.deepcopy(experts.state_dict()), assign=True)
     assert not packed.unchanged(experts)
     assert live_bytes() == before
+    gone = weakref.ref(packed)
+    del packed
+    pack(experts)
+    assert gone() is None
 
 
 # What is noticed
@@ -1074,7 +1079,7 @@ def test_garbage_is_no_obstacle() -> None:
 def test_graph_of_an_eager_call_is_no_obstacle() -> None:
     experts = make()
     reference = copy.deepcopy(experts)
-    x = torch.ones(2, HIDDEN)
+    x = torch.ones(2, HIDDEN, requires_grad=True)
     loss = sum(expert(x).sum() + (x @ expert.w1.weight.t()).sum() for expert in experts)
     pack(experts)
     loss.backward()  # type: ignore[union-attr]
@@ -1089,6 +1094,7 @@ def test_buffer_that_is_a_view(watched: bool) -> None:
     before = live_bytes()
     for expert in experts:
         expert.offset = expert.offset.clone()[...]  # type: ignore[index, operator]
+        expert.offset.mark = "kept"
     held = experts[0].offset._base  # type: ignore[union-attr]
     with pytest.raises(NotAlike, match=r"experts\[0\]\.offset shares its memory"):
         kept = [held]
@@ -1100,6 +1106,7 @@ def test_buffer_that_is_a_view(watched: bool) -> None:
     assert_tables_hold(packed, experts)
     experts[1].offset.zero_()  # type: ignore[operator]
     assert not packed.table("offset")[1].any()
+    assert experts[1].offset.mark == packed.template.offset.mark == "kept"  # type: ignore[union-attr]
     if not references:
         assert live_bytes() == before
 

@@ -7,10 +7,10 @@ were, so optimisers, checkpoints and the eager model see nothing of it.
 * ``alike.py``: are the experts the same program with other values?
 * ``table.py``: one buffer for all experts' parameters of one name, and gradients back to each of them.
 * ``watch.py``: is all of this still so?
-* ``pack.py``: the three together, and the packs that there are.
+* ``packs.py``: the three together, and the packs that there are.
 """
 
 from moe_rewrite.packing.alike import NotAlike
-from moe_rewrite.packing.pack import Pack, pack
+from moe_rewrite.packing.packs import Pack, pack
 
 __all__ = ["NotAlike", "Pack", "pack"]
