@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,13 +56,16 @@ class Primitive(enum.Enum):
     SELECT_EXPERT = "select_expert"
     """``SELECT_EXPERT(input, dim)``: ``input.select(dim, expert)``."""
     COORDINATE = "coordinate"
-    """``COORDINATE(axis)``: where the row stands along an axis of the expert ids (its token, its slot). ``[rows]``."""
+    """``COORDINATE(axis)``: where the row stands along an axis of the expert ids (its token, its slot), or of the mask
+    where that is what says which rows there are; 0 for an axis of None. ``[rows]``."""
     ROW_COUNT = "row_count"
     """``ROW_COUNT()``: how many rows there are."""
     MATMUL = "matmul"
     """``MATMUL(rows, weight)``: rows ``[rows, K]`` times the weight ``[K, N]`` of the row's expert."""
     GATHER_EXPERT = "gather_expert"
     """``GATHER_EXPERT(value, rank)``: for each row the value of its expert, as ``[rows, ...]`` with ``rank`` dims."""
+    INDEX_EXPERT = "index_expert"
+    """``INDEX_EXPERT(value, indices)``: ``value[indices]`` of the value of the row's expert."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,20 +91,81 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Combine:
-    """``accumulator.index_add_(0, index, rows)``.
+class Place:
+    """What an index tells of a row's position among the flattened expert ids: ``position // after % own``.
 
     Attributes:
-        accumulator: position of the accumulator among the loop's inputs.
-        index: where in dimension 0 of the accumulator each row is added, ``[rows]`` integers.
-        rows: what is added, ``[rows, ...]``, in the accumulator's dtype.
-        token_axis: the axis of the expert ids that ``index`` runs along; None where it is some other index.
+        axes: the axes of the expert ids that the index runs along, as one; they are side by side.
+        divisor: what the position along them is divided by.
+        modulus: what the rest of that is taken of; None where it is not.
     """
 
-    accumulator: int
-    index: Value
-    rows: Value
-    token_axis: int | None
+    axes: range
+    divisor: int = 1
+    modulus: int | None = None
+
+    def extents(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """``(before, own, after)`` of ids of ``shape``: their positions are ``[before, own, after]``, flattened."""
+        along = math.prod(shape[self.axes.start : self.axes.stop])
+        after = math.prod(shape[self.axes.stop :]) * self.divisor
+        if self.modulus is not None:
+            rest = along // (self.divisor * self.modulus)
+            return math.prod(shape[: self.axes.start]) * rest, self.modulus, after
+        return math.prod(shape[: self.axes.start]), along // self.divisor, after
+
+
+class Write(enum.Enum):
+    """What a combine does to the accumulator."""
+
+    ADD = "add"
+    """Every row is added."""
+    ADD_LAST = "add last"
+    """Of the rows of one expert with one index the last is added: ``out[index] = out[index] + rows``."""
+    SET = "set"
+    """Rows take the place of what was there. The largest expert writes last, and of its rows the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+    """How one result of an iteration comes into an accumulator.
+
+    Attributes:
+        accumulator: the accumulator, an input of the loop or a view of one.
+        index: per-row integers ``[rows]``, one for each of the accumulator's first dimensions, that say where the rows
+            go; one per-expert index ``[n]`` where the values are per expert too; empty where the values are of the
+            accumulator's own shape, or of one expert's part of it.
+        values: what is combined, in the accumulator's dtype: ``[rows, ...]``, or per expert.
+        write: whether values are added or take a place.
+        place: what the index tells of the position among the expert ids; None where that is not known.
+        expert_dim: the dimension of the accumulator along which each expert has a part of its own, which the values are
+            for; None where there is none.
+        carry: which of the loop's carried values the accumulator is; None where it is changed in place.
+    """
+
+    accumulator: Value
+    index: tuple[Value, ...]
+    values: Value
+    write: Write = Write.ADD
+    place: Place | None = None
+    expert_dim: int | None = None
+    carry: int | None = None
+
+    @property
+    def rows(self) -> Value:
+        """What is combined."""
+        return self.values
+
+    @property
+    def token_axis(self) -> int | None:
+        """The axis of the expert ids that the index runs along; None where it is some other index."""
+        place = self.place
+        simple = place is not None and len(place.axes) == 1 and place.divisor == 1 and place.modulus is None
+        return place.axes.start if place is not None and simple else None
+
+    def __str__(self) -> str:
+        where = ", ".join(map(str, self.index)) or (":" if self.expert_dim is None else f"expert at {self.expert_dim}")
+        assign = {Write.ADD: "+=", Write.ADD_LAST: "+= last", Write.SET: "="}[self.write]
+        return f"{self.accumulator}[{where}] {assign} {self.values}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +174,17 @@ class TopKDispatch:
 
     Attributes:
         expert_ids: the ids, any shape (``[T, K]`` as a rule). Entries outside the loop's experts are no pairs.
-        visited: which experts the loop visits, ``[n]`` bool; None where it visits every expert that has a pair.
         in_range: whether each id is known to be one of the loop's experts.
+        distinct: how many entries, one after the other among the flattened ids, are known to differ; 1 where nothing is
+            known. The ids of a ``topk`` differ within a token.
+        merged: where an expert has one row for all entries that agree in this, such as the token; None where it has one
+            for each entry.
     """
 
     expert_ids: Value
-    visited: Value | None
     in_range: bool
+    distinct: int = 1
+    merged: Place | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -128,6 +197,46 @@ class TopKDispatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskDispatch:
+    """Every entry that is set in a mask of each expert is one pair. How many there are is known only at run time.
+
+    Attributes:
+        mask: the mask of an expert, per expert, any shape and dtype: what is not 0 is set.
+    """
+
+    mask: Value
+
+    @property
+    def shape(self) -> torch.Size:
+        shape: torch.Size = self.mask.example.shape
+        return shape
+
+    def __str__(self) -> str:
+        return f"any mask of [experts, {', '.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryToken:
+    """No rows are selected: each expert takes what there is."""
+
+    def __str__(self) -> str:
+        return "each takes every token"
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """The body is what the loop does for the experts for which ``bool(truth)`` is ``taken``.
+
+    Attributes:
+        truth: one number or truth, per expert.
+        taken: which truth it is.
+    """
+
+    truth: Value
+    taken: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertsLoop:
     """One loop over experts, proved to be select, rows and combine.
 
@@ -136,31 +245,40 @@ class ExpertsLoop:
         location: the user's ``file:line`` of the loop.
         experts: the expert indices that the loop runs for.
         num_experts: one more than the largest of them; the leading size of every per-expert value.
-        dispatch: which (token, slot) pairs there are, and the expert of each.
+        dispatch: which rows an expert has.
         steps: the program for the rows of one expert, in order.
         combines: what happens to its results.
         inputs: the nodes of the graph whose values are the inputs.
+        visited: which experts the loop visits, ``[n]``: those that are not 0. None where it visits every expert that
+            has a row, or simply every one.
+        conditions: what else says for which experts the body holds.
+        carried: the start of each value that one iteration leaves to the next.
+        collected: the per-expert values that the loop collects, one after the other.
     """
 
     path: str
     location: str
     experts: tuple[range, ...]
     num_experts: int
-    dispatch: TopKDispatch
+    dispatch: TopKDispatch | MaskDispatch | EveryToken
     steps: tuple[Step, ...]
     combines: tuple[Combine, ...]
     inputs: tuple[fx.Node, ...] = dataclasses.field(repr=False)
+    visited: Value | None = None
+    conditions: tuple[Condition, ...] = ()
+    carried: tuple[Value, ...] = ()
+    collected: tuple[Value, ...] = ()
 
     @property
     def top_k(self) -> int | torch.SymInt | None:
-        """How many experts a token has, where the ids are ``[T, K]``; None for ids of another rank."""
-        shape = self.dispatch.shape
-        return shape[1] if len(shape) == 2 else None
+        """How many experts a token has, where the ids are ``[T, K]``; None for another dispatch."""
+        dispatch = self.dispatch
+        return dispatch.shape[1] if isinstance(dispatch, TopKDispatch) and len(dispatch.shape) == 2 else None
 
     @property
-    def num_pairs(self) -> int | torch.SymInt:
-        """How many (token, slot) pairs there are, those of no expert included."""
-        return self.dispatch.expert_ids.example.numel()
+    def num_pairs(self) -> int | torch.SymInt | None:
+        """How many (token, slot) pairs there are, those of no expert included; None where only the run will tell."""
+        return self.dispatch.expert_ids.example.numel() if isinstance(self.dispatch, TopKDispatch) else None
 
     def matmuls(self) -> Iterator[Step]:
         """The products of rows with per-expert weights."""
@@ -168,23 +286,30 @@ class ExpertsLoop:
 
     def accumulator(self, combine: Combine) -> Any:
         """The fake value of a combine's accumulator."""
-        for step in self.steps:
-            if step.op is Primitive.INPUT and step.args[0] == combine.accumulator:
-                return step.result.example
-        raise AssertionError(f"input {combine.accumulator} has no step")
+        return combine.accumulator.example
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the loop computes on."""
+        results = [*(combine.accumulator for combine in self.combines), *self.carried, *self.collected]
+        device: torch.device = results[0].example.device
+        return device
 
     def summary(self) -> str:
-        """The row program in one line."""
+        """The program in one line: what is done to rows, or for each expert where there are none."""
+        kind = Kind.PER_EXPERT if isinstance(self.dispatch, EveryToken) else Kind.PER_ROW
         shown = []
         for step in self.steps:
-            if step.result.kind is not Kind.PER_ROW or step.op in (Primitive.COORDINATE, Primitive.GATHER_EXPERT):
+            if step.result.kind is not kind or step.op in (Primitive.COORDINATE, Primitive.GATHER_EXPERT):
+                continue
+            if step.op in (Primitive.SELECT_EXPERT, Primitive.EXPERT_INDEX):
                 continue
             if step.name in ("getitem", "view", "unsqueeze", "squeeze", "t", "alias"):
                 continue
             if step.op is Primitive.MATMUL:
                 shown.append(f"matmul[{' x '.join(map(str, step.args[1].example.shape))}]")
             else:
-                shown.append("gather" if step.name == "index" else step.name)
+                shown.append("gather" if step.name in ("index", "index_expert") else step.name)
         return " > ".join(shown)
 
     def __str__(self) -> str:
@@ -193,7 +318,8 @@ class ExpertsLoop:
                 f"experts loop {self.path or '<root>'} ({self.location})",
                 f"  {self.num_experts} experts, {self.dispatch}",
                 *(f"    {step}" for step in self.steps),
-                *(f"    input {c.accumulator}.index_add_(0, {c.index}, {c.rows})" for c in self.combines),
+                *(f"    {combine}" for combine in self.combines),
+                *(f"    collect {value}" for value in self.collected),
             ]
         )
 

@@ -67,7 +67,9 @@ def first_input(node: fx.Node) -> fx.Node | None:
 
 
 def has_unknown_size(node: fx.Node) -> bool:
-    """Whether a node has, or is, a size that is known only at run time."""
+    """Whether a node has, or is, a size that is known only at run time. Nodes that a rewrite put in do not count."""
+    if "moe_rewrite" in node.meta:
+        return False
     value = example_value(node)
     values = value if isinstance(value, (tuple, list)) else [value]
     sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else [v])]

@@ -86,13 +86,20 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
 def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
     """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop."""
     reports = []
+    replaced: dict[fx.Node, fx.Node] = {}
     for plan in plans:
         report = plan.report
         if report is not None and report.refusal is not None:
             reports.append(report)
             continue
+        outputs: list[fx.Node] = []
         if report is not None and plan.backend is not None:
-            reports.append(_replace(plan, report, plan.backend, fuses))
+            report, outputs = _replace(plan, report, plan.backend, fuses, replaced)
+            reports.append(report)
+        for marker, source in zip(plan.finding.region.results, plan.finding.results, strict=True):
+            node = outputs[source] if isinstance(source, int) else source
+            replaced[marker] = replaced.get(node, node)
+            marker.replace_all_uses_with(replaced[marker])
         splice.remove_region(plan.gm.graph, plan.finding.region)
     for gm in {plan.gm for plan in plans}:
         splice.finish(gm)
@@ -115,12 +122,17 @@ def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_pa
     return Plan(gm, finding, LoopReport(path, loop.location, loop, None, backend.name, why, before), backend)
 
 
-def _replace(plan: Plan, report: LoopReport, backend: ExpertsBackend, fuses: bool) -> LoopReport:
-    loop = report.loop
-    assert loop is not None
+def _replace(
+    plan: Plan, report: LoopReport, backend: ExpertsBackend, fuses: bool, replaced: dict[fx.Node, fx.Node]
+) -> tuple[LoopReport, list[fx.Node]]:
+    """Replace one loop. ``replaced``: what stands in the place of results of loops before it."""
+    assert report.loop is not None
+    loop = dataclasses.replace(report.loop, inputs=tuple(replaced.get(node, node) for node in report.loop.inputs))
 
-    def run(*inputs: torch.Tensor) -> None:
-        backend.lower(loop, Lifted(loop, inputs, fuses))
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        lifted = Lifted(loop, inputs, fuses)
+        backend.build(loop, lifted)
+        return lifted.outputs
 
-    new = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
-    return dataclasses.replace(report, after=standalone_code(new, loop.inputs))
+    new, outputs = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
+    return dataclasses.replace(report, loop=loop, after=standalone_code(new, loop.inputs)), outputs

@@ -15,11 +15,12 @@ from moe_rewrite.recognise.regions import Region
 
 
 def replace_loop(
-    graph: fx.Graph, region: Region, loop: ExpertsLoop, experts_backend: str, run: Callable[..., None]
-) -> list[fx.Node]:
+    graph: fx.Graph, region: Region, loop: ExpertsLoop, experts_backend: str, run: Callable[..., list[torch.Tensor]]
+) -> tuple[list[fx.Node], list[fx.Node]]:
     """Put the graph of ``run(*inputs)``, which adds to the loop's accumulators in place, before the end of ``region``.
 
-    Returns the nodes that were put in. Each carries ``meta["moe_rewrite"]``: the loop's path and the experts backend.
+    Returns the nodes that were put in, and those among them that hold what ``run`` returns. Each carries
+    ``meta["moe_rewrite"]``: the loop's path and the experts backend.
     """
     with torch.amp.autocast(_device_type(loop), enabled=False):
         replacement = trace(run, loop.inputs)
@@ -43,7 +44,8 @@ def replace_loop(
             env[node] = copy
         if entered is not None:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
-    return [copy for node, copy in env.items() if node.op not in ("placeholder", "output")]
+    outputs = [env[node] for node in replacement.graph.output_node().args[0]]  # type: ignore[union-attr]
+    return [copy for node, copy in env.items() if node.op not in ("placeholder", "output")], outputs
 
 
 def _move_constant(graph: fx.Graph, replacement: fx.GraphModule, node: fx.Node) -> None:
@@ -59,8 +61,8 @@ def _move_constant(graph: fx.Graph, replacement: fx.GraphModule, node: fx.Node) 
 
 
 def _device_type(loop: ExpertsLoop) -> str:
-    device_type: str = loop.accumulator(loop.combines[0]).device.type
-    return device_type
+    name: str = loop.device.type
+    return name
 
 
 def _enter_autocast(loop: ExpertsLoop) -> tuple[Any, tuple[Any, ...]]:

@@ -33,7 +33,7 @@ class Case:
         return max(experts.stop for experts in self.experts)
 
     def pairs(self) -> Pairs:
-        dispatch = TopKDispatch(Value("ids", Kind.INVARIANT, self.ids), None, self.in_range)
+        dispatch = TopKDispatch(Value("ids", Kind.INVARIANT, self.ids), self.in_range)
         loop = ExpertsLoop("", "", self.experts, self.num_experts, dispatch, (), (), ())
         return Pairs.in_token_order(loop, self.ids, self.visited)
 

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable
 
 from moe_rewrite.errors import OptionsError
-from moe_rewrite.loop import ExpertsLoop
+from moe_rewrite.loop import EveryToken, ExpertsLoop
 from moe_rewrite.lower import auto, batched_mm, grouped_mm
 from moe_rewrite.lower.lift import Lifted
 from moe_rewrite.lower.pairs import Pairs
@@ -50,6 +50,13 @@ class ExpertsBackend:
     name: str
     lower: Lower
     check: Check
+
+    def build(self, loop: ExpertsLoop, lifted: Lifted) -> None:
+        """Run ``lower``; where no rows are selected there is no product of rows that could be its own."""
+        if isinstance(loop.dispatch, EveryToken):
+            lifted.run(None, None)
+        else:
+            self.lower(loop, lifted)
 
 
 _REGISTRY: dict[str, ExpertsBackend] = {}

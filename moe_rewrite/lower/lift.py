@@ -7,6 +7,7 @@ backend's own.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Step, Value
+from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, Value
+from moe_rewrite.lower import combine
 from moe_rewrite.lower.pairs import Pairs
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -27,6 +29,9 @@ _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, t
 class Lifted:
     """The values of a loop's row program, over all pairs.
 
+    Attributes:
+        outputs: once the program has run, the carried values after the loop, then what it collected.
+
     Args:
         loop: the loop.
         inputs: the values of its inputs.
@@ -38,34 +43,72 @@ class Lifted:
         self.loop = loop
         self.fuses = fuses
         self.inputs = inputs
+        self.outputs: list[Tensor] = []
         self._values: dict[Value, Any] = {}
-        self._pairs: Pairs | None = None
-        for step in loop.steps:  # what the pairs themselves are made of
+        for step in loop.steps:
             if step.result.kind is Kind.INVARIANT:
                 self._values[step.result] = self._invariant(step)
 
     def pairs(self) -> Pairs:
-        """The loop's pairs, in token order."""
-        dispatch = self.loop.dispatch
-        visited = None if dispatch.visited is None else self._values[dispatch.visited]
-        return Pairs.in_token_order(self.loop, self._values[dispatch.expert_ids], visited)
+        """The loop's pairs: in token order, or sorted by expert where a mask says which there are.
 
-    def run(self, pairs: Pairs, product: Product) -> None:
-        """Compute the rows of all pairs, in their order, and add them to the loop's accumulators in place."""
+        Raises:
+            ValueError: the loop selects no rows, so it has no pairs.
+        """
+        dispatch = self.loop.dispatch
+        if isinstance(dispatch, EveryToken):
+            raise ValueError("a loop in which each expert takes every token has no pairs")
+        if isinstance(dispatch, MaskDispatch):
+            return Pairs.of_mask(self.loop, self._over_experts(dispatch.mask), self._visited())
+        return Pairs.in_token_order(self.loop, self._values[dispatch.expert_ids], self._visited())
+
+    def run(self, pairs: Pairs | None, product: Product | None) -> None:
+        """Compute the rows of all pairs, in their order, and add them to the loop's accumulators in place.
+
+        Without ``pairs`` the program of each expert is computed as it stands.
+        """
         for step in self.loop.steps:
+            if step.result in self._values:
+                continue
             if step.result.kind is Kind.PER_EXPERT:
                 self._values[step.result] = self._per_expert(step)
-            elif step.result.kind is Kind.PER_ROW:
+            elif pairs is not None and product is not None:
                 self._values[step.result] = self._per_row(step, pairs, product)
-        for combine in self.loop.combines:
-            accumulator = self.inputs[combine.accumulator]
-            rows = pairs.only_valid(self._values[combine.rows])
-            if combine.token_axis is None:
-                accumulator.index_add_(0, self._values[combine.index], rows)
-                continue
-            rows = pairs.to_token_order(rows).reshape(*pairs.shape, *rows.shape[1:])
-            slots = [axis for axis in range(len(pairs.shape)) if axis != combine.token_axis]
-            accumulator.add_(rows.sum(slots) if slots else rows)
+        carried = [self._values[start].clone() for start in self.loop.carried]
+        for one in self.loop.combines:
+            accumulator = self._values[one.accumulator] if one.carry is None else carried[one.carry]
+            index = [self._values[column] for column in one.index]
+            combine.combine(self.loop, one, accumulator, index, self._values[one.values], pairs)
+        self.outputs = [*carried, *map(self._collected, self.loop.collected)]
+
+    def _visited(self) -> Tensor | None:
+        """For which experts the body holds, ``[n]``: those that are not 0; None for all that have pairs."""
+        visited = None if self.loop.visited is None else self._values[self.loop.visited]
+        for condition in self.loop.conditions:
+            truth = self._over_experts(condition.truth) != 0
+            if condition.truth.kind is Kind.PER_EXPERT:
+                truth = truth.reshape(self.loop.num_experts)
+            else:
+                truth = truth.reshape(1).expand(self.loop.num_experts)
+            holds = truth if condition.taken else ~truth
+            visited = holds if visited is None else (visited[: self.loop.num_experts] != 0) & holds
+        return visited
+
+    def _over_experts(self, value: Value) -> Any:
+        """The value of all experts, of something that does not depend on rows."""
+        if value not in self._values:
+            for step in self.loop.steps:
+                if step.result.kind is Kind.PER_EXPERT and step.result not in self._values:
+                    self._values[step.result] = self._per_expert(step)
+                if step.result is value:
+                    break
+        return self._values[value]
+
+    def _collected(self, value: Value) -> Tensor:
+        result: Tensor = self._values[value]
+        if value.kind is not Kind.PER_EXPERT:
+            result = result.unsqueeze(0).expand(self.loop.num_experts, *result.shape)
+        return result.contiguous()
 
     def _arguments(self, step: Step) -> tuple[Any, Any]:
         lookup = self._values.__getitem__
@@ -81,12 +124,16 @@ class Lifted:
     def _per_expert(self, step: Step) -> Any:
         num_experts = self.loop.num_experts
         if step.op is Primitive.EXPERT_INDEX:
-            row = step.result.example
-            return torch.arange(num_experts, device=row.device).reshape(num_experts, *row.shape)
+            shape = getattr(step.result.example, "shape", ())
+            dtype = getattr(step.result.example, "dtype", torch.int64)
+            return torch.arange(num_experts, dtype=dtype, device=self.loop.device).reshape(num_experts, *shape)
         if step.op is Primitive.SELECT_EXPERT:
             table, dim = self._values[step.args[0]], step.args[1]
             table = table.movedim(dim, 0) if dim else table
             return table if table.shape[0] == num_experts else table.narrow(0, 0, num_experts)
+        if not isinstance(step.op, torch._ops.OpOverload) and step.op is not operator.getitem:
+            args, kwargs = self._arguments(step)  # arithmetic on the number of the expert
+            return step.op(*args, **kwargs)  # type: ignore[operator]
         leaves, spec = pytree.tree_flatten((step.args, step.kwargs))
         each = [isinstance(leaf, Value) and leaf.kind is Kind.PER_EXPERT for leaf in leaves]
         values = [self._values[leaf] if isinstance(leaf, Value) else leaf for leaf in leaves]
@@ -97,7 +144,8 @@ class Lifted:
             args, kwargs = pytree.tree_unflatten(filled, spec)
             return step.op(*args, **kwargs)  # type: ignore[operator]
 
-        return torch.vmap(for_one_expert)(*(v for v, is_each in zip(values, each, strict=True) if is_each))
+        result = torch.vmap(for_one_expert)(*(v for v, is_each in zip(values, each, strict=True) if is_each))
+        return _as_example(result, step.result.example)
 
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
         if step.op is Primitive.COORDINATE:
@@ -110,6 +158,9 @@ class Lifted:
         if step.op in _INDEXING:
             args = pytree.tree_map_only(Tensor, pairs.harmless_index, args[1:])
             return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
+        if step.op is Primitive.INDEX_EXPERT:
+            value, indices = args
+            return value[(pairs.expert, *map(pairs.harmless_index, indices))]
         if step.op is Primitive.GATHER_EXPERT:
             value, rank = args
             gathered = value[pairs.expert]
@@ -117,5 +168,10 @@ class Lifted:
             return gathered.reshape(-1, *[1] * (rank - 1 - len(own)), *own) if gathered.dim() != rank else gathered
         result = step.op(*args, **kwargs)  # type: ignore[operator]
         # A 0-dim value of the expert does not take part in type promotion, one for each pair does.
-        wanted = getattr(step.result.example, "dtype", None)
-        return result.to(wanted) if isinstance(result, Tensor) and result.dtype is not wanted else result
+        return _as_example(result, step.result.example)
+
+
+def _as_example(result: Any, example: Any) -> Any:
+    """``result`` in the dtype that it has for one expert."""
+    wanted = getattr(example, "dtype", None)
+    return result.to(wanted) if isinstance(result, Tensor) and result.dtype is not wanted else result

@@ -1,5 +1,8 @@
 """The (token, slot) pairs of a loop: which expert each one goes to, and in which order they are computed.
 
+There is one for each of the expert ids; where any other mask says which rows an expert has, one for each entry set in
+it.
+
 Expert ids may name experts that the loop does not run: sentinels of expert parallelism, dropped tokens. Eager never
 looks at such a pair. Here it has a place among the others, so it gets the token, slot and expert of a pair that does
 count: all that is computed for it is then as finite as what eager computes, in the gradient too, before it is dropped.
@@ -13,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_rewrite.loop import ExpertsLoop
+from moe_rewrite.loop import ExpertsLoop, Place, TopKDispatch
 
 MAX_COMPARED = 2048
 """Up to how many pairs are sorted by comparing each with each, on a GPU."""
@@ -28,11 +31,13 @@ class Pairs:
     Attributes:
         expert: the expert of each pair, ``[P]`` int64 in ``[0, num_experts)``.
         valid: whether the pair has an expert in this loop, ``[P]`` bool; None where all have.
-        position: where each pair stands among the flattened expert ids, ``[P]`` int64.
-        inverse: where each entry of the flattened expert ids stands among the pairs, ``[P]``; None in token order.
+        position: where each pair stands among the flattened expert ids, or in the flattened mask of its expert,
+            ``[P]`` int64.
+        inverse: where each entry of the flattened expert ids stands among the pairs, ``[P]``; None in token order, and
+            for pairs of a mask.
         offsets: where the pairs of each expert end, ``[num_experts]`` int32; None in token order. Pairs of no expert
             come after the last of them.
-        shape: shape of the expert ids.
+        shape: shape of the expert ids, or of the mask of one expert.
     """
 
     expert: Tensor
@@ -47,13 +52,16 @@ class Pairs:
         """The pairs as they stand in ``expert_ids``.
 
         Args:
-            loop: the loop.
+            loop: the loop. Its dispatch is top-k.
             expert_ids: the value of its expert ids, any shape and integer dtype.
             visited: which experts the loop visits, ``[n]``: those that are not 0; None for all that have pairs.
         """
+        dispatch = loop.dispatch
+        assert isinstance(dispatch, TopKDispatch)
         ids = expert_ids.reshape(-1).to(torch.int64)
         position = torch.arange(ids.shape[0], device=ids.device)
-        if loop.dispatch.in_range:
+        once = None if dispatch.merged is None else first_of_slots(ids, expert_ids.shape, dispatch.merged, dispatch)
+        if dispatch.in_range and once is None:
             return cls(ids, None, position, None, None, expert_ids.shape)
         valid = torch.zeros_like(ids, dtype=torch.bool)
         for experts in loop.experts:
@@ -61,14 +69,40 @@ class Pairs:
         expert = torch.where(valid, ids, loop.experts[0].start)
         if visited is not None:
             valid = valid & (visited[expert] != 0)
+        if once is not None:
+            valid = valid & once
         if ids.shape[0] == 0:
             return cls(expert, valid, position, None, None, expert_ids.shape)
         lender = valid.to(torch.int8).argmax()  # the first pair that counts
         source = torch.where(valid, position, lender)
         return cls(expert[source], valid, source, None, None, expert_ids.shape)
 
+    @classmethod
+    def of_mask(cls, loop: ExpertsLoop, mask: Tensor, visited: Tensor | None) -> Pairs:
+        """The entries that are set in a mask, sorted by expert. Their number is known only once it is computed.
+
+        Args:
+            loop: the loop. Its dispatch is by a mask.
+            mask: which entries each expert has, ``[num_experts, ...]``: those that are not 0.
+            visited: which experts the loop visits, ``[n]``: those that are not 0; None for all.
+        """
+        flat = mask.reshape(mask.shape[0], -1) != 0
+        if loop.experts != (range(loop.num_experts),):
+            number = torch.arange(mask.shape[0], device=mask.device)
+            runs = torch.zeros_like(number, dtype=torch.bool)
+            for experts in loop.experts:
+                runs = runs | ((number >= experts.start) & (number < experts.stop))
+            flat = flat & runs.unsqueeze(1)
+        if visited is not None:
+            flat = flat & (visited[: mask.shape[0]] != 0).unsqueeze(1)
+        expert, position = flat.nonzero().unbind(1)
+        offsets = flat.sum(1).cumsum(0).to(torch.int32)
+        return cls(expert, None, position, None, offsets, mask.shape[1:])
+
     def sorted_by_expert(self, num_experts: int) -> Pairs:
         """The same pairs with those of one expert side by side, without synchronisation with the device."""
+        if self.offsets is not None:
+            return self
         key = self.expert if self.valid is None else torch.where(self.valid, self.expert, num_experts)
         order, inverse, offsets = _sort(key, num_experts)
         valid = None if self.valid is None else self.valid[order]
@@ -100,6 +134,36 @@ class Pairs:
     def to_token_order(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` of these pairs in the order of the expert ids."""
         return rows if self.inverse is None else rows[self.inverse]
+
+
+def first_of_slots(ids: Tensor, shape: torch.Size, place: Place, dispatch: TopKDispatch) -> Tensor | None:
+    """Which ids are the first of those that are equal and agree in ``place``, ``[P]`` bool; None if all are.
+
+    Args:
+        ids: the flattened expert ids, ``[P]``.
+        shape: their shape.
+        place: what makes one row of equal ids, such as the token.
+        dispatch: what is known of the ids.
+    """
+    return _alone(ids, shape, place, dispatch, last=False)
+
+
+def last_of_slots(ids: Tensor, shape: torch.Size, place: Place, dispatch: TopKDispatch) -> Tensor | None:
+    """The same for the last of them."""
+    return _alone(ids, shape, place, dispatch, last=True)
+
+
+def _alone(ids: Tensor, shape: torch.Size, place: Place, dispatch: TopKDispatch, last: bool) -> Tensor | None:
+    before, own, after = place.extents(shape)
+    slots = before * after
+    runs_differ = before == 1 and dispatch.distinct % after == 0
+    if slots == 1 or runs_differ:
+        return None
+    by_slot = ids.reshape(before, own, after).transpose(0, 1).reshape(own, slots)
+    slot = torch.arange(slots, device=ids.device)
+    others = slot.unsqueeze(0) > slot.unsqueeze(1) if last else slot.unsqueeze(0) < slot.unsqueeze(1)
+    again = ((by_slot.unsqueeze(1) == by_slot.unsqueeze(2)) & others).any(-1)  # [own, slot]
+    return ~again.reshape(own, before, after).transpose(0, 1).reshape(-1)
 
 
 def _column(valid: Tensor, rows: Tensor) -> Tensor:

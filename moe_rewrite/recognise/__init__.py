@@ -8,19 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Refusal, Step, TopKDispatch, Value
-from moe_rewrite.nodes import example_value, is_written_to, operation, shares_memory
+from moe_rewrite import markers
+from moe_rewrite.loop import (
+    Condition,
+    EveryToken,
+    ExpertsLoop,
+    Kind,
+    MaskDispatch,
+    Primitive,
+    Refusal,
+    Step,
+    TopKDispatch,
+    Value,
+    Write,
+)
+from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, operation, shares_memory
 from moe_rewrite.recognise import provenance
 from moe_rewrite.recognise.aten import retrace
-from moe_rewrite.recognise.bounds import upper_bound
-from moe_rewrite.recognise.hits import hit_mask
-from moe_rewrite.recognise.membership import Form
+from moe_rewrite.recognise.hits import hit_mask, length_of_range
+from moe_rewrite.recognise.membership import EXPERT, Form
+from moe_rewrite.recognise.origins import origin_of
+from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
-from moe_rewrite.recognise.rows import Refused, RowProgram
+from moe_rewrite.recognise.rows import RowProgram
+from moe_rewrite.recognise.selection import Selection
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
 
@@ -33,17 +49,29 @@ class NoEffect:
     location: str
 
 
+Source: TypeAlias = int | fx.Node
+"""Where a result of the loop comes from: the loop's outputs, by position, or a node that holds it already."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A captured body and what became of it."""
+    """A captured body and what became of it.
+
+    Attributes:
+        region: the body.
+        outcome: what became of it.
+        results: for each of the region's results, in order, where it comes from once the loop is replaced.
+    """
 
     region: Region
     outcome: ExpertsLoop | Refusal | NoEffect
+    results: tuple[Source, ...] = ()
 
 
 def find_loops(gm: fx.GraphModule) -> list[Finding]:
     """What the captured loop bodies of ``gm`` mean, in order."""
-    findings = [Finding(region, _understand(region)) for region in find_regions(gm.graph)]
+    regions = find_regions(gm.graph)
+    findings = [_understand(region, regions) for region in regions]
     return [_apart_from_other_paths(finding, findings) for finding in findings]
 
 
@@ -52,7 +80,7 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
     loop = finding.outcome
     if not isinstance(loop, ExpertsLoop):
         return finding
-    mine = {loop.inputs[combine.accumulator] for combine in loop.combines}
+    mine = _changed_inputs(loop)
     read = [node for node in loop.inputs if node not in mine]
     for other in findings:
         if (
@@ -61,79 +89,229 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
             or not isinstance(other.outcome, ExpertsLoop)
         ):
             continue
-        theirs = {other.outcome.inputs[combine.accumulator] for combine in other.outcome.combines}
+        theirs = _changed_inputs(other.outcome)
+        writes = any(combine.write is Write.SET for combine in (*loop.combines, *other.outcome.combines))
+        reason = ""
         if any(shares_memory(a, b) for a in theirs for b in read) or any(
             a is not b and shares_memory(a, b) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
+        elif writes and (theirs & mine or (loop.carried and other.outcome.carried)):
+            reason = "one way through the body writes where another one does"
+        elif loop.collected or other.outcome.collected:
+            reason = "different ways through the body put values into one list"
+        if reason:
             return Finding(finding.region, Refusal(loop.path, loop.location, reason))
     return finding
 
 
-def _understand(region: Region) -> ExpertsLoop | Refusal | NoEffect:
+def _changed_inputs(loop: ExpertsLoop) -> set[fx.Node]:
+    """The inputs that a loop changes in place."""
+    by_value = {step.result: step for step in loop.steps}
+    changed = set()
+    for combine in loop.combines:
+        if combine.carry is None:
+            changed.add(loop.inputs[_input_behind(combine.accumulator, by_value)])
+    return changed
+
+
+def _input_behind(value: Value, steps: dict[Value, Step]) -> int:
+    """The position of the input that an accumulator is, or is a view of."""
+    step = steps[value]
+    while step.op is not Primitive.INPUT:
+        step = steps[step.args[0]]
+    position: int = step.args[0]
+    return position
+
+
+def _understand(region: Region, regions: list[Region]) -> Finding:
     path, location = provenance.module_path(region.begin), provenance.user_location(region.begin)
     try:
-        return _prove(region, path, location)
+        return _prove(region, [other for other in regions if other.loop is region.loop], path, location)
     except Refused as refused:
         where = refused.node
-        return Refusal(path, location, refused.reason, "" if where is None else where.name)
+        return Finding(region, Refusal(path, location, refused.reason, "" if where is None else where.name))
 
 
-def _prove(region: Region, path: str, location: str) -> ExpertsLoop | NoEffect:
+def _prove(region: Region, paths: list[Region], path: str, location: str) -> Finding:
     if region.end is None:
         raise Refused("the loop is left before it is exhausted, by `break`, `return` or an exception")
-    inside = {region.begin, region.end, *region.body}
+    inside, results = {region.begin, region.end, *region.body}, region.results
     for node in region.dependents():
         for user in node.users:
-            if user not in inside:
+            if user not in inside and node not in results:
                 raise Refused("a value of the last iteration is used after the loop", node)
-    mask = hit_mask(region.hits)
-    if mask is None:
+    is_static = length_of_range(region.hits) is not None
+    mask = None if is_static else hit_mask(region.hits)
+    if mask is None and not is_static:
         raise Refused("what the loop iterates is not proved to be the positions set in a mask", region.hits)
 
-    integers = _integer_slice([*region.inputs, mask])
+    masks = [] if mask is None else [mask]
+    integers = _integer_slice([*region.inputs, *masks])
     nodes = [*integers, region.begin, *region.body]
     computed = set(nodes)
-    wanted = dict.fromkeys([region.hits, *(n for node in nodes for n in node.all_input_nodes), mask])
+    wanted = dict.fromkeys([region.hits, *(n for node in nodes for n in node.all_input_nodes), *masks])
     inputs = [node for node in wanted if node not in computed]
-    gm = _retraced(nodes, inputs, mask, region.begin)
-    hits = gm.graph.output_node().args[0][0]  # type: ignore[index]
-    program = RowProgram(gm.graph)
-    if not program.combines:
-        return NoEffect(path, location)
-    return _loop(region, path, location, inputs, program, hits)  # type: ignore[arg-type]
+    gm = _retraced(nodes, inputs, masks, region.begin)
+    hits = next(iter(gm.graph.output_node().args[0]), None)  # type: ignore[arg-type]
+    program = RowProgram(gm.graph, inputs, _is_differentiated(region))
+    sources = _sources(program, region, inputs)
+    if not program.effects.combines and not program.effects.collected:
+        return Finding(region, NoEffect(path, location), sources)
+    if region.rows == markers.NO_ROWS:
+        raise Refused("the body does something for experts without rows that it does not do for those with rows")
+    loop = _loop(region, paths, path, location, inputs, program, hits)
+    return Finding(region, loop, sources)
 
 
-def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], mask: fx.Node, begin: fx.Node) -> fx.GraphModule:
+def _sources(program: RowProgram, region: Region, inputs: list[fx.Node]) -> tuple[Source, ...]:
+    """Where each result of the region comes from. Outputs: the carried values that are replaced, then the collected."""
+    effects = program.effects
+    sources: list[Source] = []
+    replaced = [number for number, carry in enumerate(effects.carries) if carry.replaced]
+    starts = [node.args[1] for node in region.body if node.target is markers.carry_in]
+    for kind, number in effects.results:
+        if kind == "collect":
+            sources.append(len(replaced) + number)
+        else:
+            sources.append(replaced.index(number) if number in replaced else starts[number])
+    return tuple(sources)
+
+
+def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], masks: list[fx.Node], begin: fx.Node) -> fx.GraphModule:
     try:
-        return retrace(nodes, inputs, [mask], begin)
+        return retrace(nodes, inputs, masks, begin)
     except Exception as error:
         raise Refused(f"the body cannot be traced to ATen operators: {type(error).__name__}: {error}") from error
 
 
 def _loop(
-    region: Region, path: str, location: str, inputs: list[fx.Node], program: RowProgram, hits: fx.Node
+    region: Region,
+    paths: list[Region],
+    path: str,
+    location: str,
+    inputs: list[fx.Node],
+    program: RowProgram,
+    hits: fx.Node | None,
 ) -> ExpertsLoop:
-    rows = program.rows_of
-    if rows is None or rows.ids is None:
-        raise Refused("the body does not select rows by the expert's index")
-    if program.value(rows.ids).kind is not Kind.INVARIANT:
-        raise Refused("the expert ids depend on the iteration", rows.ids)
-    _check_aliases(inputs, {combine.accumulator for combine in program.combines})
-    ids, visits = program.value(rows.ids), program.meanings.get(hits)
-    visits_all = visits is not None and visits.form in (Form.COUNT, Form.ANY) and visits.ids is rows.ids
-    if region.assumes_rows and not visits_all:
+    effects, selection = program.effects, program.selection
+    _check_aliases(inputs, _changed_positions(program))
+    visits_all = _visits_every_expert_with_rows(program, hits)
+    has_sibling = any(other.rows == markers.NO_ROWS for other in paths)
+    if region.rows == markers.SOME_ROWS and not visits_all and not has_sibling:
         raise Refused("the body asks whether the expert has rows, and the loop may visit experts without")
-    steps = _live_steps(program, [ids, *([] if visits_all else [program.value(hits)])])
+    conditions = _conditions(program)
+    visited = None if visits_all or hits is None else program.value(hits)
+    replaced = [carry for carry in effects.carries if carry.replaced]
+    rows_from = _rows_from(program, selection)
+    extra = [
+        *rows_from,
+        *([] if visited is None else [visited]),
+        *(condition.truth for condition in conditions),
+        *(carry.start for carry in replaced),
+        *(value for value, _ in effects.collected),
+    ]
+    steps = _live_steps(program, extra)
     experts, num_experts = _experts(region, steps)
-    bound = next((upper_bound(inputs[s.args[0]]) for s in steps if s.op is Primitive.INPUT and s.result is ids), None)
     whole = experts == (range(num_experts),)
-    dispatch = TopKDispatch(
-        expert_ids=ids,
-        visited=None if visits_all else program.value(hits),
-        in_range=visits_all and whole and bound is not None and bound <= num_experts,
+    numbers = {number: k for k, number in enumerate(n for n, c in enumerate(effects.carries) if c.replaced)}
+    loop = ExpertsLoop(
+        path,
+        location,
+        experts,
+        num_experts,
+        _dispatch(program, num_experts, every_id=visited is None and whole and not conditions),
+        steps,
+        tuple(
+            combine if combine.carry is None else dataclasses.replace(combine, carry=numbers[combine.carry])
+            for combine in effects.combines
+        ),
+        tuple(inputs),
+        visited,
+        conditions,
+        tuple(carry.start for carry in replaced),
+        tuple(value for value, _ in effects.collected),
     )
-    return ExpertsLoop(path, location, experts, num_experts, dispatch, steps, tuple(program.combines), tuple(inputs))
+    whole_results = [c for c in loop.combines if c.values.kind is not Kind.PER_ROW] or loop.collected
+    every_one = hits is None and whole and not conditions and region.rows == markers.ANY_ROWS
+    if whole_results and not every_one:
+        raise Refused("something besides rows comes of each expert, and not every expert is visited in the same way")
+    if any(count != num_experts for _, count in effects.collected):
+        raise Refused("the list does not get one entry of each expert")
+    return loop
+
+
+def _changed_positions(program: RowProgram) -> set[int]:
+    """The positions of the inputs that the body changes in place."""
+    steps = {step.result: step for step in program.steps}
+    combines = (combine for combine in program.effects.combines if combine.carry is None)
+    return {_input_behind(combine.accumulator, steps) for combine in combines}
+
+
+def _visits_every_expert_with_rows(program: RowProgram, hits: fx.Node | None) -> bool:
+    """Whether the loop visits all experts (``hits`` is None), or all that have rows."""
+    if hits is None:
+        return True
+    meaning, selection = program.meanings.get(hits), program.selection
+    if meaning is None or selection is None or meaning.form not in (Form.COUNT, Form.MEMBER):
+        return False
+    return meaning.labels == (EXPERT,) and selection.ids is not None and meaning.ids is selection.ids
+
+
+def _conditions(program: RowProgram) -> tuple[Condition, ...]:
+    """The conditions of the path, less those that hold for each expert with rows."""
+    found = []
+    for truth, taken in program.conditions:
+        value, meaning = program.values[truth], program.meanings.get(truth)
+        if not isinstance(value, Value) or value.kind is Kind.PER_ROW or not isinstance(value.example, torch.Tensor):
+            raise Refused("the way through the body depends on values of rows", truth)
+        if any(not isinstance(size, int) or size != 1 for size in value.example.shape):
+            raise Refused("the truth of more than one value is asked", truth)
+        rows = program.selection.ids if program.selection is not None else None
+        of_rows = meaning is not None and rows is not None and meaning.ids is rows and set(meaning.labels) <= {None}
+        has_rows = {Form.SELECTED: True, Form.SELECTED_COUNT: True, Form.MISSED: False}
+        if of_rows and meaning is not None and has_rows.get(meaning.form) is taken and not _acts_without_rows(program):
+            continue
+        found.append(Condition(value, taken))
+    return tuple(found)
+
+
+def _acts_without_rows(program: RowProgram) -> bool:
+    effects = program.effects
+    return bool(effects.collected) or any(combine.values.kind is not Kind.PER_ROW for combine in effects.combines)
+
+
+def _rows_from(program: RowProgram, selection: Selection | None) -> list[Value]:
+    """The value that says which rows there are: the expert ids, or the mask of each expert."""
+    if selection is None:
+        return []
+    return [program.value(selection.mask if selection.ids is None else selection.ids)]
+
+
+def _dispatch(program: RowProgram, num_experts: int, every_id: bool) -> TopKDispatch | MaskDispatch | EveryToken:
+    """How the rows of all experts are found. ``every_id``: whether an id from 0 to ``num_experts - 1`` is a pair."""
+    selection = program.selection
+    if selection is None:
+        return EveryToken()
+    if selection.ids is None:
+        return MaskDispatch(program.value(selection.mask))
+    ids = program.value(selection.ids)
+    dtype = ids.example.dtype
+    if dtype is torch.bool or torch.iinfo(dtype).max < num_experts:
+        raise Refused(f"the expert ids are {dtype}, which cannot hold the number of each expert", selection.ids)
+    origin = origin_of(selection.ids, program.inputs)
+    return TopKDispatch(
+        expert_ids=ids,
+        in_range=every_id and origin.bound is not None and origin.bound <= num_experts,
+        distinct=origin.distinct,
+        merged=selection.merged,
+    )
+
+
+def _is_differentiated(region: Region) -> bool:
+    """Whether gradients may be taken of what the body computes. A view of a parameter says nothing of that."""
+    values = [value for value in map(example_value, region.body) if isinstance(value, torch.Tensor)]
+    return any(value.requires_grad and not value._is_view() for value in values)
 
 
 def _integer_slice(roots: Iterable[fx.Node]) -> list[fx.Node]:
@@ -148,7 +326,11 @@ def _integer_slice(roots: Iterable[fx.Node]) -> list[fx.Node]:
         node = waiting.pop()
         if node in found or node.op not in ("call_function", "call_method"):
             continue
-        if not _is_unchanging_integer(node) or not (node.all_input_nodes or operation(node) == "arange"):
+        if (
+            _is_marker(node)
+            or not _is_unchanging_integer(node)
+            or not (node.all_input_nodes or operation(node) == "arange")
+        ):
             continue
         if all(_is_unchanging_integer(source) for source in node.all_input_nodes):
             found.add(node)
@@ -160,10 +342,14 @@ def _integer_slice(roots: Iterable[fx.Node]) -> list[fx.Node]:
 def _is_unchanging_integer(node: fx.Node) -> bool:
     value = example_value(node)
     if isinstance(value, (int, torch.SymInt)):
-        return True
-    if not isinstance(value, torch.Tensor):
+        return not has_unknown_size(node)
+    if not isinstance(value, torch.Tensor) or has_unknown_size(node):
         return False
     return not value.is_floating_point() and not value.is_complex() and not is_written_to(node)
+
+
+def _is_marker(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "moe_rewrite"
 
 
 def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
@@ -181,16 +367,13 @@ def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
 
 def _live_steps(program: RowProgram, extra: list[Value]) -> tuple[Step, ...]:
     """The steps that the combines (and ``extra`` values) need, in order."""
-    needed = {id(value) for combine in program.combines for value in (combine.index, combine.rows)}
-    needed |= {id(value) for value in extra}
-    accumulators = {combine.accumulator for combine in program.combines}
+    combines = program.effects.combines
+    needed = {value for c in combines for value in (c.accumulator, *c.index, c.values)} | set(extra)
     live = []
     for step in reversed(program.steps):
-        if id(step.result) in needed or (step.op is Primitive.INPUT and step.args[0] in accumulators):
+        if step.result in needed:
             live.append(step)
-            needed.update(id(value) for value in _values((step.args, step.kwargs)))
-    if needed - {id(step.result) for step in live}:
-        raise Refused("the mask that selects an expert's rows is used for more than that")
+            needed.update(_values((step.args, step.kwargs)))
     return tuple(reversed(live))
 
 

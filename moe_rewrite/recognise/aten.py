@@ -16,7 +16,7 @@ from torch._decomp import get_decompositions
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_rewrite.nodes import changes_something, example_value, short_name
+from moe_rewrite.nodes import changes_something, example_value, is_size_assertion, short_name
 
 # Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand.
 _DECOMPOSED = [torch.ops.aten.native_layer_norm]
@@ -73,7 +73,7 @@ def retrace(
             if node.target is torch._C._set_grad_enabled:
                 detached = not node.args[0]
                 continue
-            if detached and changes_something(node):
+            if detached and changes_something(node) and not is_size_assertion(node):
                 # What it changes keeps its history: as an operator of its own result it would lose it.
                 raise NotImplementedError(
                     f"`{node.target}` changes something in place, where gradients are switched off"

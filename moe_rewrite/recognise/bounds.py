@@ -1,4 +1,4 @@
-"""How large the entries of an integer tensor can be, where the graph says so."""
+"""How large the entries of an integer tensor can be, and which of them differ, where the graph says so."""
 
 from __future__ import annotations
 
@@ -32,6 +32,33 @@ def upper_bound(ids: fx.Node) -> int | None:
             return None
         node = source
     return None
+
+
+_SAME_ORDER = {
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "long", "ravel")
+}
+
+
+def distinct_run(ids: fx.Node) -> int:
+    """How many entries of ``ids``, one after the other when it is flattened, are known to differ. 1 if none are.
+
+    The entries stand in runs of that length: ``k`` for the ids that a ``topk`` over the last dimension gives.
+    """
+    node = ids
+    while (source := first_input(node)) is not None and not is_written_to(node):
+        name = operation(node)
+        is_positions = name == "getitem" and node.args[1] == 1 and operation(source) in ("topk", "sort")
+        if is_positions or name == "argsort":
+            positions = node if name == "argsort" else source
+            value, place = example_value(node), _DIM_ARGUMENT[operation(positions)][0]
+            dim = positions.kwargs.get("dim", positions.args[place] if len(positions.args) > place else -1)
+            run = value.shape[-1] if isinstance(value, torch.Tensor) and value.dim() > 0 else 1
+            is_last = isinstance(dim, int) and dim in (-1, value.dim() - 1)
+            return run if is_last and isinstance(run, int) else 1
+        if name not in _SAME_ORDER:
+            break
+        node = source
+    return 1
 
 
 def _length_along(node: fx.Node) -> int | None:

@@ -36,6 +36,17 @@ def hit_mask(hits: fx.Node) -> fx.Node | None:
             return None
 
 
+def length_of_range(hits: fx.Node) -> int | None:
+    """``E`` where ``hits`` is ``torch.arange(E)``: each expert is visited, whether it has rows or not."""
+    value, given = example_value(hits), hits.args
+    if operation(hits) != "arange" or not isinstance(value, torch.Tensor) or is_written_to(hits):
+        return None
+    if value.dtype not in (torch.int64, torch.int32) or not set(hits.kwargs) <= {"dtype", "device"}:
+        return None
+    start, stop, step = (0, *given, 1) if len(given) == 1 else (*given, 1) if len(given) == 2 else given
+    return stop if start == 0 and step == 1 and isinstance(stop, int) and not isinstance(stop, bool) else None
+
+
 def _gives_a_tuple_of_positions(node: fx.Node) -> bool:
     """``torch.where(mask)`` or ``mask.nonzero(as_tuple=True)``."""
     if len(node.args) != 1:

@@ -20,15 +20,29 @@ aten = torch.ops.aten
 
 
 class Form(enum.Enum):
-    """What the entries of an integer tensor are, in terms of expert ids and experts."""
+    """What the entries of an integer tensor are, in terms of expert ids and experts.
+
+    A tensor that has not every axis of the ids among its labels speaks of all the ids along those it has not: *some* id
+    equals the expert.
+    """
 
     IDS = "the expert ids"
     RANGE = "0, 1, 2, ... along the expert dimension"
     INDEX = "the index of the loop's expert"
-    MEMBER = "ids == expert, for all experts"
-    SELECTED = "ids == the loop's expert"
-    COUNT = "how many ids equal the expert, for all experts"
-    ANY = "whether some id equals the expert, for all experts"
+    MEMBER = "whether some id equals the expert, for all experts"
+    SELECTED = "whether some id equals the loop's expert"
+    MISSED = "whether no id equals the loop's expert"
+    COUNT = "a number that is 0 where no id equals the expert and more than 0 elsewhere, for all experts"
+    SELECTED_COUNT = "such a number for the loop's expert"
+
+
+_REDUCED = {
+    Form.MEMBER: (Form.MEMBER, Form.COUNT),
+    Form.SELECTED: (Form.SELECTED, Form.SELECTED_COUNT),
+    Form.COUNT: (Form.MEMBER, Form.COUNT),
+    Form.SELECTED_COUNT: (Form.SELECTED, Form.SELECTED_COUNT),
+}
+"""What becomes of a form by `any`, and by `sum`."""
 
 
 EXPERT = "expert"
@@ -82,13 +96,16 @@ def _meaning(node: fx.Node, found: dict[fx.Node, Meaning]) -> Meaning | None:
         return None
     if target is markers.select or (target is aten.select.int and is_index_number(node.args[2])):
         return _selected(node, source)
-    if target is aten.eq.Scalar and is_index_number(node.args[1]):
-        return Meaning(Form.SELECTED, source.labels, source.ids) if source.form is Form.IDS else None
+    if target in (aten.eq.Scalar, aten.eq.Tensor, aten.isin.Tensor_Scalar) and is_index_number(node.args[1]):
+        plain = source.form is Form.IDS and len(node.args) == 2 and not node.kwargs
+        return Meaning(Form.SELECTED, source.labels, source.ids) if plain else None
     if target is aten.eq.Tensor:
         other = found.get(node.args[1])  # type: ignore[arg-type]
         return None if other is None else _equal(source, other) or _equal(other, source)
-    if target in (aten.sum.dim_IntList, aten.any.dims, aten.any.dim, aten.amax.default):
+    if target in _REDUCTIONS:
         return _reduced(node, source)
+    if target is aten.logical_not.default:
+        return dataclasses.replace(source, form=Form.MISSED) if source.form in _OF_ONE_EXPERT else None
     if target is aten._to_copy.default or target in (aten.clone.default, aten.alias.default, aten.detach.default):
         return source if _keeps_values(source, value.dtype) else None
     if target in (aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar, aten.eq.Scalar):
@@ -106,9 +123,9 @@ def _selected(node: fx.Node, source: Meaning) -> Meaning | None:
     if source.labels[dim] != EXPERT:
         return None
     labels = source.labels[:dim] + source.labels[dim + 1 :]
-    if source.form is Form.MEMBER:
-        return Meaning(Form.SELECTED, labels, source.ids)
-    return Meaning(Form.INDEX, labels) if source.form is Form.RANGE else None
+    forms = {Form.MEMBER: Form.SELECTED, Form.COUNT: Form.SELECTED_COUNT, Form.RANGE: Form.INDEX}
+    form = forms.get(source.form)
+    return None if form is None else Meaning(form, labels, source.ids)
 
 
 def _equal(left: Meaning, right: Meaning) -> Meaning | None:
@@ -128,35 +145,61 @@ def _padded(labels: tuple[Label, ...], rank: int) -> tuple[Label, ...]:
     return (None,) * (rank - len(labels)) + labels
 
 
+_REDUCTIONS = {
+    *(aten.sum.dim_IntList, aten.sum.default, aten.any.dims, aten.any.dim, aten.any.default),
+    *(aten.amax.default, aten.max.default),
+}
+_OF_ONE_EXPERT = (Form.SELECTED, Form.SELECTED_COUNT)
+
+
 def _reduced(node: fx.Node, source: Meaning) -> Meaning | None:
-    """Count or any over all axes of the ids: what is left runs over experts."""
-    value, dims = node.args[0].meta["val"], node.args[1]  # type: ignore[union-attr]
-    wanted = {dim % value.dim() for dim in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
-    if source.form is not Form.MEMBER or wanted != {i for i, label in enumerate(source.labels) if label != EXPERT}:
-        # Reduced in two goes, `mask.sum(-1).sum(-1)`: a count over some axes is no membership any more.
+    """Count or any over axes of the ids."""
+    value, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    dims = node.args[1] if len(node.args) > 1 else None
+    given = range(value.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    wanted = {dim % value.dim() for dim in given}  # type: ignore[union-attr]
+    if source.form not in _REDUCED or any(source.labels[dim] == EXPERT for dim in wanted):
         return None
     keepdim = len(node.args) > 2 and bool(node.args[2])
-    labels = tuple(None if i in wanted else EXPERT for i in range(value.dim()) if keepdim or i not in wanted)
-    if node.target is not aten.sum.dim_IntList:
-        return Meaning(Form.ANY, labels, source.ids)
-    wide = node.meta["val"].dtype in (torch.int64, torch.int32)  # a narrow type could count round to 0
-    return Meaning(Form.COUNT, labels, source.ids) if wide else None
+    labels = tuple(None if i in wanted else source.labels[i] for i in range(value.dim()) if keepdim or i not in wanted)
+    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    is_any, is_count = _REDUCED[source.form]
+    if name in ("amax", "max"):
+        return Meaning(source.form, labels, source.ids)
+    if name == "any":
+        return Meaning(is_any, labels, source.ids)
+    # A narrow integer could count round to 0.
+    wide = result.dtype in (torch.int64, torch.int32) or result.dtype.is_floating_point
+    return Meaning(is_count, labels, source.ids) if wide else None
 
 
 def _thresholded(node: fx.Node, source: Meaning) -> Meaning | None:
     """A comparison that tells 0 from everything above."""
-    positive = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.ge.Scalar: 1}
     bound = node.args[1]
-    if source.form is Form.COUNT:
-        return dataclasses.replace(source, form=Form.ANY) if positive.get(node.target) == bound else None
-    if source.form in (Form.MEMBER, Form.SELECTED, Form.ANY):
-        return source if {**positive, aten.eq.Scalar: 1}.get(node.target) == bound else None
+    if source.form in (Form.COUNT, Form.SELECTED_COUNT):
+        form = _REDUCED[source.form][0]
+        whole = not source_dtype(node).is_floating_point
+        tells = {aten.gt.Scalar: bound == 0, aten.ne.Scalar: bound == 0, aten.ge.Scalar: bound == 1 and whole}
+        if tells.get(node.target, False):  # type: ignore[call-overload]
+            return dataclasses.replace(source, form=form)
+        missed = source.form is Form.SELECTED_COUNT and node.target is aten.eq.Scalar and bound == 0
+        return dataclasses.replace(source, form=Form.MISSED) if missed else None
+    if source.form in (Form.MEMBER, Form.SELECTED):
+        positive = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.ge.Scalar: 1, aten.eq.Scalar: 1}
+        return source if node.target in positive and positive[node.target] == bound else None
     return None
 
 
+def source_dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    return dtype
+
+
 def _keeps_values(source: Meaning, dtype: torch.dtype) -> bool:
-    if source.form in (Form.IDS, Form.RANGE, Form.INDEX, Form.COUNT):
-        return dtype in (torch.int64, torch.int32) or (source.form is Form.COUNT and dtype is torch.bool)
+    if source.form in (Form.IDS, Form.RANGE, Form.INDEX):
+        return dtype in (torch.int64, torch.int32)
+    if source.form in (Form.COUNT, Form.SELECTED_COUNT):
+        return dtype in (torch.int64, torch.int32, torch.bool)
     return True  # 0 and 1 are themselves in every dtype
 
 

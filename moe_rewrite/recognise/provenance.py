@@ -6,6 +6,9 @@ import re
 
 from torch import fx
 
+LOCATION = "moe_rewrite_location"
+"""Where a node's ``meta`` says which line it is for, if something else than its stack trace does."""
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _ATTRIBUTES = re.compile(
     r"\._modules\['(?P<name>[^']*)'\]|\._modules\.(?P<plain>\w+)|\[(?:'|\")?(?P<key>[^\]'\"]+)(?:'|\")?\]"
@@ -28,5 +31,7 @@ def clean_path(source: str) -> str:
 
 def user_location(node: fx.Node) -> str:
     """``file:line`` of the innermost line of the user's code that ``node`` was traced from."""
+    if LOCATION in node.meta:
+        return str(node.meta[LOCATION])
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     return ":".join(frames[-1]) if frames else "unknown location"

@@ -19,7 +19,8 @@ class Region:
         body: the nodes between the two, in order.
         inputs: the nodes before the loop whose values the body uses, in order of first use.
         experts: the index values for which the body holds.
-        assumes_rows: the body holds only for experts that have rows.
+        rows: whether the body holds for experts with rows, for those without, or for all
+            (``markers.SOME_ROWS``, ``NO_ROWS``, ``ANY_ROWS``).
         loop: the ``loop_begin`` marker of the first path of the same loop.
     """
 
@@ -28,7 +29,7 @@ class Region:
     body: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     experts: tuple[range, ...]
-    assumes_rows: bool
+    rows: int
     loop: fx.Node
 
     @property
@@ -37,6 +38,11 @@ class Region:
         hits = self.begin.args[0]
         assert isinstance(hits, fx.Node)
         return hits
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """The markers whose values are used after the loop, in order."""
+        return [node for node in self.body if node.target in (markers.carry_out, markers.collect)]
 
     def dependents(self) -> list[fx.Node]:
         """The nodes of the body whose value depends on the expert's index, in order."""
@@ -63,7 +69,13 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         experts = tuple(range(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True))
         regions.append(
             Region(
-                begin, end, body, tuple(inputs), experts, bool(end.args[2] == markers.SOME_ROWS) if end else False, loop
+                begin,
+                end,
+                body,
+                tuple(inputs),
+                experts,
+                int(end.args[2]) if end else markers.ANY_ROWS,
+                loop,  # type: ignore[arg-type]
             )
         )
     return regions

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from moe_rewrite.loop import Kind, Value
 
@@ -48,6 +49,46 @@ _POINTWISE_TOO = {
 }
 
 
+def leaves(given: Any) -> list[Any]:
+    """All arguments of an operator, those in lists one by one."""
+    if isinstance(given, dict):
+        given = list(given.values())
+    return [leaf for item in given for leaf in leaves(item)] if isinstance(given, (list, tuple)) else [given]
+
+
+def tensors(given: Any) -> list[Value]:
+    """All values among an operator's arguments, those in lists included."""
+    return [leaf for leaf in leaves(given) if isinstance(leaf, Value)]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result of a node may lie in the memory of its input, unless it is the in-place result itself."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    schema = node.target._schema
+    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
+
+
+def taking_tensors(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The overload of ``op`` that takes a tensor where it takes a number; None where there is none."""
+    if op._overloadname == "Scalar" and "Tensor" in op.overloadpacket.overloads():
+        other: torch._ops.OpOverload = op.overloadpacket.Tensor
+        return other
+    return op if op._overloadname in ("Tensor", "Tensor_mode") and is_pointwise(op) else None
+
+
+_DATA_DEPENDENT = ("dynamic_output_shape", "data_dependent_output")
+
+
+def has_form_over_experts(op: torch._ops.OpOverload) -> bool:
+    """Whether ``torch.vmap`` has a kernel for ``op``, and it is a function of its arguments alone."""
+    depends = op is not aten.index.Tensor and any(getattr(torch.Tag, name) in op.tags for name in _DATA_DEPENDENT)
+    if depends or op.namespace != "aten":
+        return False
+    keys = ("FuncTorchBatched", "CompositeImplicitAutograd", "FuncTorchBatchedDecomposition")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in keys)
+
+
 def _rank(value: Value) -> int:
     return int(value.example.dim())
 
@@ -69,7 +110,7 @@ def _keeps_leading(op: torch._ops.OpOverload, given: dict[str, Any], result: Any
     before, after = given["self"].example.shape, result.shape
     if any(isinstance(size, Value) and size.kind is not Kind.INVARIANT for size in (given.get("size") or [])[1:]):
         return f"`{op}` pairs the rows of an expert with each other"
-    if len(after) == 0 or not _same_size(before[0], after[0]):
+    if len(after) == 0 or not same_size(before[0], after[0]):
         return f"`{op}` merges or splits the rows of an expert"
     return None
 
@@ -118,12 +159,13 @@ def _constant_rows(op: torch._ops.OpOverload, given: dict[str, Any], result: Any
     if isinstance(fill, Value):
         return f"`{op}` fills rows with a value that is computed"
     rows = given.get("self")
-    if rows is None or rows.kind is not Kind.PER_ROW or not _same_size(rows.example.shape[0], result.shape[0]):
+    if rows is None or rows.kind is not Kind.PER_ROW or not same_size(rows.example.shape[0], result.shape[0]):
         return f"`{op}` makes rows out of their number"
     return None
 
 
-def _same_size(a: Any, b: Any) -> bool:
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be the same."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
