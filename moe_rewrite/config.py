@@ -11,7 +11,7 @@ from typing import Any
 from moe_rewrite import lower
 from moe_rewrite.errors import OptionsError
 
-OWN_OPTIONS = ("experts", "inner", "mode")
+OWN_OPTIONS = ("experts", "inner", "mode", "pack")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -61,6 +61,11 @@ class ExpertsMapping:
         matches = [(len(prefix), name) for prefix, name in self.entries if is_prefix(prefix, path)]
         return max(matches)[1] if matches else lower.AUTO
 
+    def below(self, path: str) -> ExpertsMapping:
+        """The mapping as the module at ``path`` sees it: of paths that start at that module."""
+        inner = {prefix[len(path) + 1 :]: name for prefix, name in self.entries if prefix.startswith(f"{path}.")}
+        return ExpertsMapping((("", self.choose(path)), *inner.items())) if path else self
+
     def unmatched(self, paths: Iterable[str]) -> list[str]:
         """The prefixes that match none of ``paths``."""
         known = list(paths)
@@ -107,12 +112,15 @@ class Options:
         experts: the experts mapping.
         inner: the inner compiler: the name of a registered ``torch.compile`` backend, or a function like one.
         mode: the mode of ``torch.compile``, for the inner compiler; None where none is given.
+        pack: whether the parameters of experts that are modules are moved into tables, once. Without, they are stacked
+            at each call.
         inner_options: the inner compiler's own options.
     """
 
     experts: ExpertsMapping = ExpertsMapping()
     inner: str | Callable[..., Any] = "inductor"
     mode: str | None = None
+    pack: bool = True
     inner_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -132,8 +140,11 @@ class Options:
         mode = given.pop("mode", mode)
         if mode is not None and mode not in MODES:
             raise OptionsError(f"there is no mode {mode!r}.{_near(mode, MODES)} There are: {_names(MODES)}.")
+        pack = given.pop("pack", True)
+        if not isinstance(pack, bool):
+            raise OptionsError(f"options['pack'] must be True or False, got {pack!r}")
         _check_inner(inner, mode, given)
-        return cls(experts, inner, mode, given)
+        return cls(experts, inner, mode, pack, given)
 
 
 def _check_inner(inner: object, mode: str | None, inner_options: Mapping[str, Any]) -> None:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
+import functools
+import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -25,12 +30,13 @@ from torch._dynamo.exc import (
     raise_observed_exception,
     unimplemented,
 )
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._dynamo.variables import (
     ConstantVariable,
     SliceVariable,
     TensorVariable,
     TupleVariable,
+    UnspecializedNNModuleVariable,
 )
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import SourcelessBuilder
@@ -48,7 +54,9 @@ __all__ = [
     "SymNodeVariable",
     "TensorVariable",
     "TensorWithTFOverrideVariable",
+    "UnspecializedNNModuleVariable",
     "Unsupported",
+    "VariableTracker",
 ]
 
 DYNAMO_ERRORS = (Unsupported, UserError, GuardOnDataDependentSymNode)
@@ -126,6 +134,69 @@ def local_variables(tx: Any) -> dict[str, Any]:
     return dict(tx.symbolic_locals)
 
 
+def set_local_variable(tx: Any, name: str, variable: Any) -> None:
+    tx.symbolic_locals[name] = variable
+
+
+def loop_site(tx: Any) -> tuple[Any, int]:
+    """What tells one ``for`` from all others: its code and where in it the head is. torch 2.11, 2.13."""
+    return tx.f_code, tx.current_instruction.offset
+
+
+def is_of_torch(tx: Any) -> bool:
+    """Whether the code that is being traced is torch's own. torch 2.11, 2.13."""
+    return "/torch/" in tx.f_code.co_filename
+
+
+def loop_body(tx: Any) -> list[Instruction]:
+    """The instructions of the body of the ``for`` whose head is being traced. torch 2.11, 2.13."""
+    position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
+    head = tx.current_instruction
+    end = position[id(head.target)]
+    return list(tx.instructions[position[id(head)] + 1 : end])
+
+
+def names_stored(body: list[Instruction]) -> dict[str, list[Instruction]]:
+    """The local variables that a body stores, each with the instructions before its stores. torch 2.11, 2.13."""
+    stored: dict[str, list[Instruction]] = {}
+    for before, instruction in zip([body[0], *body], body, strict=False):
+        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+        if "STORE_FAST" in instruction.opname:
+            # Of STORE_FAST_LOAD_FAST and STORE_FAST_STORE_FAST (Python 3.13) both names are taken as stored.
+            for name in names:
+                stored.setdefault(name, []).append(before)
+    return stored
+
+
+def times_loaded(body: list[Instruction], name: str) -> int:
+    """How often a body loads a local variable. torch 2.11, 2.13."""
+    loads = [instruction.argval for instruction in body if "LOAD_FAST" in instruction.opname]
+    return sum(argument.count(name) if isinstance(argument, tuple) else argument == name for argument in loads)
+
+
+def is_in_place(instruction: Instruction) -> bool:
+    """Whether an instruction is ``+=`` or the like (CPython's ``NB_INPLACE_*``). torch 2.11, 2.13."""
+    return instruction.opname == "BINARY_OP" and 13 <= (instruction.arg or 0) <= 25
+
+
+def appended_to(body: list[Instruction]) -> list[str]:
+    """The local variables ``name`` of which a body takes ``name.append``. torch 2.11, 2.13."""
+    pairs = itertools.pairwise(body)
+    return [
+        before.argval
+        for before, taken in pairs
+        if taken.opname in ("LOAD_METHOD", "LOAD_ATTR")
+        and taken.argval == "append"
+        and before.opname.startswith("LOAD_FAST")
+        and isinstance(before.argval, str)
+    ]
+
+
+def methods_called(body: list[Instruction]) -> set[str]:
+    """The names of the attributes that a body takes. torch 2.11, 2.13."""
+    return {str(i.argval) for i in body if i.opname in ("LOAD_METHOD", "LOAD_ATTR")}
+
+
 _NEVER_FALLS_THROUGH = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
 
 
@@ -160,6 +231,12 @@ def user_location(tx: Any) -> str:
     while tx.parent is not None and "/torch/_dynamo/" in tx.f_code.co_filename:
         tx = tx.parent
     return f"{tx.f_code.co_filename}:{tx.lineno}"
+
+
+def module_stack_path(tx: Any) -> str:
+    """The source of the innermost module whose code is being traced; ``""`` outside of any. torch 2.11, 2.13."""
+    stack = tx.nn_module_stack
+    return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def stop_iteration(tx: Any) -> NoReturn:
@@ -267,18 +344,58 @@ def unbacked_symbols(output: Any) -> frozenset[Any]:
     return frozenset(symbol for symbol in shape_env.var_to_range if shape_env.is_unbacked_symint(symbol))
 
 
-def assume_not_empty(variable: Any, output: Any, known_before: frozenset[Any]) -> bool:
-    """Tell the shape environment that sizes born since ``known_before`` and asked about here are at least 1.
-
-    Returns whether there was such a size. torch 2.11, 2.13.
-    """
+def unknown_sizes(variable: Any, output: Any, known_before: frozenset[Any]) -> list[Any]:
+    """The symbols born since ``known_before`` that a symbolic number or truth depends on. torch 2.11, 2.13."""
     expression = getattr(getattr(variable.sym_num, "node", None), "expr", None)
-    shape_env = output.shape_env
     born = [s for s in getattr(expression, "free_symbols", ()) if s not in known_before]
-    born = [symbol for symbol in born if shape_env.is_unbacked_symint(symbol)]
-    for symbol in born:
-        torch._check(shape_env.create_symintnode(symbol, hint=None) >= 1)
-    return bool(born)
+    return [symbol for symbol in born if output.shape_env.is_unbacked_symint(symbol)]
+
+
+def symbols_of(variable: Any) -> frozenset[Any]:
+    """The symbols in a symbolic number. torch 2.11, 2.13."""
+    return frozenset(getattr(getattr(variable.sym_num, "node", None), "expr", variable.sym_num).free_symbols)
+
+
+def is_known_positive(output: Any, symbol: Any) -> bool:
+    """Whether a size is known to be at least 1. torch 2.11, 2.13."""
+    return bool(output.shape_env.var_to_range[symbol].lower >= 1)
+
+
+def is_same_number(variable: Any, number: Any) -> bool:
+    """Whether ``variable`` is the symbolic number ``number``. torch 2.11, 2.13."""
+    if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
+        return False
+    return bool(variable.sym_num.node.expr == number.sym_num.node.expr)
+
+
+def _example(variable: Any) -> torch.Tensor | None:
+    if not isinstance(variable, TensorVariable):
+        return None
+    value = variable.as_proxy().node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_same_memory(a: Any, b: Any) -> bool:
+    """Whether two variables are one tensor: of one shape, in one place. torch 2.11, 2.13."""
+    first, second = _example(a), _example(b)
+    if first is None or second is None or not is_alike_tensor(a, b):
+        return False
+    one_storage = bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
+    return one_storage and first.stride() == second.stride() and first.storage_offset() == second.storage_offset()
+
+
+def is_alike_tensor(a: Any, b: Any) -> bool:
+    """Whether two variables are tensors of one shape, dtype and device. torch 2.11, 2.13."""
+    first, second = _example(a), _example(b)
+    if first is None or second is None:
+        return False
+    return first.shape == second.shape and first.dtype is second.dtype and first.device == second.device
+
+
+def assume(output: Any, symbol: Any, empty: bool) -> None:
+    """Tell the shape environment that a size is 0, or that it is not. torch 2.11, 2.13."""
+    size = output.shape_env.create_symintnode(symbol, hint=None)
+    torch._check(size == 0 if empty else size >= 1)
 
 
 # --- compiled modules ------------------------------------------------------------------------------------------------
@@ -359,6 +476,20 @@ def current_scope() -> int:
     return scope
 
 
+def wrap_opcodes(names: Callable[[str], bool], wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper(original, tx, instruction)`` in the place of the handlers of some opcodes. torch 2.11, 2.13."""
+    waiting: list[Any] = [InstructionTranslatorBase]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        for opcode, original in enumerate(cls.dispatch_table):
+            if original is None or not names(dis.opname[opcode]) or hasattr(original, "_moe_rewrite_wrapper"):
+                continue
+            handler = functools.wraps(original)(functools.partial(wrapper, original))
+            handler._moe_rewrite_wrapper = wrapper  # type: ignore[attr-defined]
+            cls.dispatch_table[opcode] = handler
+
+
 def wrap_method(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace ``cls.name`` by ``wrapper(original, self, *args)``; a second call with the same wrapper does nothing."""
     original = getattr(cls, name)
@@ -372,3 +503,105 @@ def wrap_method(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
     method.__doc__ = original.__doc__
     method._moe_rewrite_wrapper = wrapper  # type: ignore[attr-defined]
     setattr(cls, name, method)
+
+
+# --- which call of torch.compile a frame belongs to, and whether it is traced at all --------------------------------
+
+
+def compiled_module(wrapper: Any) -> torch.nn.Module | None:
+    """The module whose compiled call is running: that of ``torch.compile(module)``, ``module.compile()`` or
+    ``torch.compile(module.method)`` which made ``wrapper``. None for other functions. torch 2.11, 2.13.
+
+    The frame that is being traced may be of a function far below: Dynamo passes over frames that it once gave up.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == torch._dynamo.eval_frame.__file__:
+            variables = frame.f_locals
+            if compiler_wrapper(variables.get("callback")) is wrapper:
+                fn = variables.get("fn")
+                wrapped = getattr(fn, "__wrapped__", None)  # where Dynamo put a frame of its own around it
+                owners = (getattr(fn, "__self__", None), wrapped, getattr(wrapped, "__self__", None))
+                return next((owner for owner in owners if isinstance(owner, torch.nn.Module)), None)
+        frame = frame.f_back
+    return None
+
+
+def traced_frame() -> tuple[types.CodeType, dict[str, Any]]:
+    """The code and the arguments of the frame that this thread is about to trace. torch 2.11, 2.13."""
+    tx = InstructionTranslator.current_tx()
+    return tx.f_code, tx.f_locals
+
+
+def trace_again(code: types.CodeType) -> None:
+    """Let Dynamo look at the frames of ``code`` again if it gave them up. What is compiled is kept. torch 2.11, 2.13.
+
+    Dynamo gives up a frame with a graph break in a ``for`` statement for good, and for all compiler backends. One that
+    gives it up as well traces it once more at its next call.
+    """
+    eval_frame = torch._dynamo.eval_frame
+    default = eval_frame.FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(code, eval_frame.FrameExecStrategy(default, default))
+
+
+def guard_identity(name: str) -> None:
+    """What is compiled of the frame that is being traced is to serve the object in its argument ``name`` alone.
+
+    Otherwise Dynamo takes it for every other object that looks the same, such as the next layer. torch 2.11, 2.13.
+    """
+    in_cell = name in InstructionTranslator.current_tx().f_code.co_cellvars
+    source = torch._dynamo.source.LocalSource(name, is_input=True, is_derefed_cell_contents=in_cell)
+    torch._dynamo.guards.install_guard(source.make_guard(torch._dynamo.guards.GuardBuilder.ID_MATCH))
+
+
+def on_convert_frame(hook: Callable[..., Any]) -> None:
+    """Have ``hook(original, converter, frame, *args)`` called for each frame that Dynamo may give up, to convert it.
+
+    ``converter`` leads to the :func:`compiler_wrapper`; ``original`` returns a result for :func:`is_given_up`.
+    torch 2.11, 2.13.
+    """
+    wrap_method(torch._dynamo.convert_frame.ConvertFrame, "__call__", hook)
+
+
+def is_given_up(result: Any) -> bool:
+    """Whether converting a frame gave nothing, so that no frame of its code is traced again. torch 2.11, 2.13."""
+    skip = torch._dynamo.types.FrameAction.SKIP
+    return result.guarded_code is None and bool(result.frame_exec_strategy.cur_action == skip)
+
+
+def given_up_once() -> Any:
+    """The result of converting a frame that is given up this time, but not all frames of its code. torch 2.11, 2.13."""
+    return torch._dynamo.types.ConvertFrameReturn(apply_to_code=False)
+
+
+def forget(wrapper: Any, codes: list[types.CodeType]) -> None:
+    """Drop what was compiled for ``wrapper``, and that frames were given up, as if it had never been traced.
+
+    Code that something else is compiled for as well is left alone: it could only be dropped together. torch 2.11, 2.13.
+    """
+    eval_frame = torch._dynamo.eval_frame
+    for code in codes:
+        if all(compiler_wrapper(entry.backend) is wrapper for entry in eval_frame._debug_get_cache_entry_list(code)):
+            eval_frame.reset_code(code)
+
+
+def compiled_in_place_with(module: Any) -> Any:
+    """What :func:`compiled_with` says, for a module after ``module.compile()``. torch 2.11, 2.13."""
+    context = _context_in_place(module)
+    return None if context is None else compiler_wrapper(context.callback)
+
+
+def compile_in_place_again(module: torch.nn.Module, wrapper: Any) -> None:
+    """What :func:`compile_again` does, for a module after ``module.compile()``. torch 2.11, 2.13."""
+    fullgraph = _context_in_place(module).fullgraph
+    fresh = torch._dynamo.optimize(backend=wrapper, nopython=fullgraph, dynamic=wrapper.dynamic)
+    module._compiled_call_impl = fresh(module._call_impl)
+
+
+def _context_in_place(module: Any) -> Any:
+    """The context that ``torch.compile`` made for ``module.compile()``; None for anything else."""
+    call = vars(module).get("_compiled_call_impl") if isinstance(module, torch.nn.Module) else None
+    closure = getattr(call, "__closure__", None) or ()
+    names = call.__code__.co_freevars if closure else ()  # type: ignore[union-attr]
+    contexts = (cell.cell_contents for name, cell in zip(names, closure, strict=True) if name == "self")
+    return next((context for context in contexts if hasattr(context, "callback")), None)

@@ -12,12 +12,15 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from moe_rewrite.capture import dynamo
+from moe_rewrite.capture import dynamo, dynamo_modules, static
+from moe_rewrite.capture.index import subscript, truth
+from moe_rewrite.capture.modules import pick
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
 from moe_rewrite.nodes import example_value
 from moe_rewrite.recognise.hits import hit_mask
-from moe_rewrite.recognise.provenance import module_path
+from moe_rewrite.recognise.provenance import clean_path, module_path
+from moe_rewrite.report import LoopReport
 
 _active = threading.local()
 
@@ -30,19 +33,50 @@ class FrameCapture:
         tx: the translator of the root frame.
         session: what the compiler backend knows of the frame; it answers which experts backend is configured.
         refusals: why the frame is traced as stock, one for each loop that was refused; empty while loops are rolled.
+        unrolled: the ``for`` statements of known length that are not rolled, as they turned out to be something else.
         widened: whether the graph may hold data-dependent shapes only because its loops are rolled.
         loops: the loops whose body is being traced.
+        rolled: all loops that were rolled, by path and location.
+        tables: the tables of parameters that the graph reads, by the ids of their tensors.
     """
 
     tx: Any
     session: Any
     refusals: list[Refusal]
+    unrolled: frozenset[Any]
     widened: bool
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
+    rolled: dict[tuple[str, str], RolledIterator] = dataclasses.field(default_factory=dict)
+    tables: dict[int, tuple[Any, str]] = dataclasses.field(default_factory=dict)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
         """Why the loop of the module at ``path`` was refused; None where it was not."""
         return next((r for r in self.refusals if (r.path, r.location) == (path, location)), None)
+
+    def refuse(self, loop: RolledIterator, refusal: Refusal) -> NoReturn:
+        """Trace the frame again without ``loop`` rolled."""
+        if not self.is_only_unrolled(loop):
+            self.session.refused([LoopReport.of_refusal(refusal)])
+        self._restart([loop], [refusal])
+
+    def give_up(self, reports: list[LoopReport]) -> None:
+        """Trace the frame again without the loops that were refused.
+
+        Not so where the graph is only looked at: there the refused loops may stay in it, but for those that may be no
+        loops over experts at all.
+        """
+        quiet = [r for r in reports if self.is_only_unrolled(self.rolled.get((r.path, r.location)))]
+        loud = [report for report in reports if report not in quiet]
+        if self.session.explains:
+            loud = []
+        self.session.refused(loud)
+        refusals = [report.refusal for report in loud or quiet if report.refusal is not None]
+        if refusals:
+            self.restart_as_stock(refusals)
+
+    def is_only_unrolled(self, loop: RolledIterator | None) -> bool:
+        """Whether stock Dynamo can trace what a refused loop leaves. It need not have been one over experts."""
+        return loop is not None and loop.site is not None and not loop.has_unknown_sizes
 
     def restart_as_stock(self, refusals: list[Refusal]) -> NoReturn:
         """Trace the frame again with its loops left as stock Dynamo has them.
@@ -50,10 +84,25 @@ class FrameCapture:
         With ``fullgraph=True`` stock Dynamo could do nothing with any loop: there the others stay rolled, so that the
         error is raised at a loop that was refused.
         """
+        self._restart([self.rolled.get((refusal.path, refusal.location)) for refusal in refusals], refusals)
+
+    def _restart(self, loops: list[RolledIterator | None], refusals: list[Refusal]) -> NoReturn:
+        if all(refusal in self.refusals for refusal in refusals):  # said already: to trace it again would not help
+            _report_refused(self, refusals[0].path, refusals[0].location)
         log = self.tx.speculation_log  # lives as long as the frame's tracing, restarts included
         log.clear()
-        log.moe_rewrite_refusals = [*self.refusals, *refusals]
+        if all(map(self.is_only_unrolled, loops)):
+            log.moe_rewrite_unrolled = self.unrolled | {loop.site for loop in loops if loop is not None}
+            log.moe_rewrite_refusals = self.refusals
+        else:
+            log.moe_rewrite_refusals = [*self.refusals, *refusals]
         raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {'; '.join(map(str, refusals))}")
+
+    def table(self, tx: Any, pack: Any, name: str) -> Any:
+        """The variable of the table that holds the alike modules' parameters called ``name``."""
+        tensor = pack.table(name)
+        self.tables[id(tensor)] = pack, name
+        return dynamo_modules.global_variable(tx, "moe_rewrite_table", tensor)
 
 
 def current() -> FrameCapture | None:
@@ -79,10 +128,11 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
             dynamo.abandon(tx)
             raise dynamo.error_shown_as_is(error) from None
         refusals = getattr(tx.speculation_log, "moe_rewrite_refusals", [])
+        unrolled: frozenset[Any] = getattr(tx.speculation_log, "moe_rewrite_unrolled", frozenset())
         stock = bool(refusals) and not tx.one_graph
         widened = not stock and dynamo.allow_data_dependent_shapes(tx.output)
         outer = current()
-        _active.capture = capture = FrameCapture(tx, session, refusals, widened)
+        _active.capture = capture = FrameCapture(tx, session, refusals, unrolled, widened)
         try:
             with dynamo.same_scope_after():
                 return original(tx)
@@ -100,9 +150,20 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
     dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
+    dynamo.wrap_opcodes(_takes_truth, _take_truth)
+    dynamo.wrap_opcodes(_formats_value, _format_value)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SUBSCR", _subscript)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SUBSCR", _store_subscript)
+    dynamo.wrap_method(dynamo_modules.UnspecializedNNModuleVariable, *_pick_module())
     for iterator in dynamo.iterators():
         dynamo.wrap_method(iterator, "__init__", _make_iterator)
         dynamo.wrap_method(iterator, dynamo.NEXT_METHOD, _advance_iterator)
+
+
+def _tracing(tx_output: Any) -> FrameCapture | None:
+    """The capture of the frame whose ``OutputGraph`` this is, while a loop's body is traced."""
+    capture = current()
+    return capture if capture is not None and capture.loops and capture.tx.output is tx_output else None
 
 
 def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
@@ -115,14 +176,9 @@ def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
     if mask is None:
         return original(hits, tx)
     path, location = capture.session.full_path(module_path(node)), dynamo.user_location(tx)
-    refusal = capture.refusal_of(path, location)
-    if refusal is not None:
-        dynamo.graph_break(
-            "Mixture-of-Experts loop not rewritten",
-            f"moe_rewrite leaves this loop as it is: {refusal}",
-            ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
-        )
-    loop = RolledIterator(hits, example_value(mask).shape[0], capture, path, location)
+    _report_refused(capture, path, location)
+    loop = RolledIterator(hits, range(example_value(mask).shape[0]), capture, path, location)
+    capture.rolled[path, location] = loop
     if capture.session.leaves_alone(path):
         loop.refuse("experts backend 'eager' is configured for it")
     if not dynamo.is_get_iter(tx):
@@ -130,17 +186,141 @@ def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
     return loop
 
 
+def _report_refused(capture: FrameCapture, path: str, location: str) -> None:
+    """Where there is no other way to trace a loop that was refused, say why."""
+    refusal = capture.refusal_of(path, location)
+    if refusal is not None:
+        dynamo.graph_break(
+            "Mixture-of-Experts loop not rewritten",
+            f"moe_rewrite leaves this loop as it is: {refusal}",
+            ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
+        )
+
+
 def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = None) -> Any:
-    """A size becomes a Python number. In a rolled body, rows are never empty: experts without rows are not visited."""
-    capture = current()
-    if capture is not None and capture.loops and capture.tx.output is output:
+    """A symbolic number or truth turns into a Python one."""
+    capture = _tracing(output)
+    if capture is not None:
         answer = capture.loops[-1].decide_number(variable)
         if answer is not None:
             return answer
-        path = capture.loops[-1].path
-        if path is not None and dynamo.assume_not_empty(variable, output, path.symbols_at_start):
-            path.assumes_rows = True
+        capture.loops[-1].suppose_rows(variable, output)
     return original(variable, output)
+
+
+def _takes_truth(opcode: str) -> bool:
+    return opcode in ("TO_BOOL", "UNARY_NOT") or (opcode.startswith("POP_JUMP") and "NONE" not in opcode)
+
+
+def _take_truth(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``if mask.any():``, ``if len(token):`` in a body."""
+    capture = _tracing(tx.output)
+    if capture is not None and tx.stack:
+        tx.stack[-1] = truth(tx, capture.loops[-1], tx.stack[-1])
+    return original(tx, instruction)
+
+
+def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``tensor[..., index, ...]`` in a body, for the index as a Python number."""
+    capture = _tracing(tx.output)
+    if capture is not None and isinstance(tx.stack[-2].realize(), dynamo.TensorVariable):
+        selected = subscript(tx, capture.loops[-1], tx.stack[-2].realize(), tx.stack[-1].realize())
+        if selected is not None:
+            tx.stack[-2:] = [selected]
+            return None
+    return original(tx, instruction)
+
+
+def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``tensor[..., index, ...] = value`` in a body."""
+    capture = _tracing(tx.output)
+    if capture is not None and isinstance(tx.stack[-2].realize(), dynamo.TensorVariable):
+        selected = subscript(tx, capture.loops[-1], tx.stack[-2].realize(), tx.stack[-1].realize())
+        if selected is not None:
+            selected.call_method(tx, "copy_", [tx.stack[-3]], {})
+            tx.stack[-3:] = []
+            return None
+    return original(tx, instruction)
+
+
+def _formats_value(opcode: str) -> bool:
+    return opcode in ("FORMAT_VALUE", "FORMAT_SIMPLE")
+
+
+def _format_value(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``f"expert_{index}"`` in a body: a name for each index."""
+    capture = _tracing(tx.output)
+    if capture is not None and tx.stack and capture.loops[-1].is_index(tx.stack[-1]) and not instruction.arg:
+        tx.stack[-1] = dynamo_modules.formatted(tx.stack[-1])
+        return None
+    return original(tx, instruction)
+
+
+def _pick_module() -> tuple[str, Callable[..., Any]]:
+    """The method behind ``modules[key]``, and what to do when the key is the index of a loop."""
+
+    def subscript(original: Callable[..., Any], container: Any, tx: Any, key: Any) -> Any:
+        capture = _tracing(tx.output)
+        picked = None if capture is None else pick(tx, capture.loops[-1], container, key)
+        return original(container, tx, key) if picked is None else picked
+
+    def call_method(original: Callable[..., Any], container: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        capture = _tracing(tx.output) if name == "__getitem__" and len(args) == 1 else None
+        picked = None if capture is None else pick(tx, capture.loops[-1], container, args[0])
+        return original(container, tx, name, args, kwargs) if picked is None else picked
+
+    if hasattr(dynamo_modules.UnspecializedNNModuleVariable, "mp_subscript_impl"):
+        return "mp_subscript_impl", subscript
+    return "call_method", call_method
+
+
+def _make_iterator(original: Callable[..., Any], iterator: Any, *args: Any, **kwargs: Any) -> None:
+    original(iterator, *args, **kwargs)
+    iterator.moe_rewrite_scope = dynamo.current_scope()
+
+
+def _advance_iterator(original: Callable[..., Any], iterator: Any, tx: Any) -> Any:
+    """An iterator that is older than a rolled loop gives its body another value in every iteration."""
+    capture = _tracing(tx.output)
+    if capture is not None:
+        path = capture.loops[-1].path
+        if path is not None and getattr(iterator, "moe_rewrite_scope", 0) <= path.scope:
+            capture.loops[-1].refuse("the body advances an iterator that was made before the loop", tx)
+        return original(iterator, tx)
+    capture = current()
+    if capture is None or capture.tx.output is not tx.output or not dynamo.is_for_loop_over(tx, iterator):
+        return original(iterator, tx)
+    loop = None if getattr(iterator, "moe_rewrite_seen", False) else roll(tx, capture, iterator)
+    iterator.moe_rewrite_seen = True
+    if loop is None:
+        return original(iterator, tx)
+    tx.stack[-1] = loop
+    return loop.next_variable(tx)
+
+
+def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None:
+    """A rolled loop in the place of one over a range, over modules or the like; None where it is to be unrolled.
+
+    Nothing says beforehand that such a loop goes over experts. Those that plainly do not, or cannot be rolled, are left
+    out here; others are tried, and the frame is traced again where that fails.
+    """
+    site = dynamo.loop_site(tx)
+    if (capture.refusals and not tx.one_graph) or site in capture.unrolled or dynamo.is_of_torch(tx):
+        return None
+    path = capture.session.full_path(clean_path(dynamo.module_stack_path(tx)))
+    location = dynamo.user_location(tx)
+    _report_refused(capture, path, location)
+    if capture.session.leaves_alone(path):
+        return None
+    carries = static.carries(tx)
+    found = None if carries is None else static.elements(tx, iterator)
+    if found is None or carries is None or len(found) < 2:
+        return None
+    values = static.index_values(found)
+    hits = dynamo_modules.arange(tx, values.stop)
+    loop = RolledIterator(hits, values, capture, path, location, found.at_index, site, carries, static.lists(tx))
+    capture.rolled[path, location] = loop
+    return loop
 
 
 def _reason(error: BaseException) -> str:
@@ -151,18 +331,3 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(first).strip().splitlines()]
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
     return " ".join(filter(None, (lines[0] if lines else type(first).__name__, explanation)))
-
-
-def _make_iterator(original: Callable[..., Any], iterator: Any, *args: Any, **kwargs: Any) -> None:
-    original(iterator, *args, **kwargs)
-    iterator.moe_rewrite_scope = dynamo.current_scope()
-
-
-def _advance_iterator(original: Callable[..., Any], iterator: Any, tx: Any) -> Any:
-    """An iterator that is older than a rolled loop gives its body another value in every iteration."""
-    capture = current()
-    if capture is not None and capture.loops and capture.tx.output is tx.output:
-        path = capture.loops[-1].path
-        if path is not None and getattr(iterator, "moe_rewrite_scope", 0) <= path.scope:
-            capture.loops[-1].refuse("the body advances an iterator that was made before the loop", tx)
-    return original(iterator, tx)

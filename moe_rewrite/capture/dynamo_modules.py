@@ -1,0 +1,236 @@
+"""What this package uses of ``torch._dynamo`` to know what a loop iterates, and to trace one module for many.
+
+The rest is in ``dynamo.py``; the same holds here: private API, each use with the versions it was seen to work in.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.polyfills import builtins as builtins_polyfill
+from torch._dynamo.source import GlobalSource
+from torch._dynamo.variables import (
+    ConstantVariable,
+    ListVariable,
+    TensorVariable,
+    TupleVariable,
+    UnspecializedNNModuleVariable,
+)
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
+from torch._dynamo.variables.iter import ZipVariable
+from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVariable
+from torch._dynamo.variables.misc import StringFormatVariable
+from torch._dynamo.variables.tensor import SymNodeVariable
+from torch._guards import Guard
+
+__all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
+
+
+# --- what an iterator will yield -------------------------------------------------------------------------------------
+
+
+def range_left(iterator: Any) -> range | None:
+    """The numbers that a range iterator has yet to yield. torch 2.11, 2.13."""
+    if not isinstance(iterator, RangeIteratorVariable):
+        return None
+    return range(iterator.start, iterator.start + iterator.step * iterator.len, iterator.step)
+
+
+def enumerated(iterator: Any) -> tuple[Any, int] | None:
+    """What an ``enumerate`` that was not advanced yet goes over, and its first number. torch 2.11, 2.13."""
+    if not isinstance(iterator, LocalGeneratorObjectVariable):
+        return None
+    code, given = iterator.code, iterator.inline_tracer.symbolic_locals
+    if code.co_filename != builtins_polyfill.__file__ or code.co_name != "enumerate" or len(given) != 2:
+        return None
+    return given["iterable"], given["start"].as_python_constant()
+
+
+def zipped(iterator: Any) -> list[Any] | None:
+    """What a ``zip`` goes over: iterables, or lists of items. torch 2.11 (``iterables``), 2.13 (``iterable``)."""
+    if not isinstance(iterator, ZipVariable):
+        return None
+    if hasattr(iterator, "iterables"):
+        return list(iterator.iterables) if iterator.index == 0 else None
+    return list(iterator.iterable.items)
+
+
+def items_left(iterator: Any) -> list[Any] | None:
+    """What an iterator over a list, a tuple or a view of a dict has yet to yield. torch 2.11, 2.13."""
+    if isinstance(iterator, ListIteratorVariable):
+        return list(iterator.items[iterator.index :])
+    if hasattr(iterator, "_iter") and hasattr(iterator, "view_type"):  # 2.13: an iterator over a view of a dict
+        left = list(copy.copy(iterator._iter))  # a copy of a dict's iterator does not advance it
+        if iterator.view_type == "keys":
+            return [key.vt for key in left]
+        return left if iterator.view_type == "values" else [TupleVariable([key.vt, value]) for key, value in left]
+    return None
+
+
+def iterator_over(tx: Any, iterable: Any) -> Any:
+    """``iter(iterable)``. torch 2.11, 2.13."""
+    if isinstance(iterable, list):
+        return ListIteratorVariable(iterable)
+    return VariableTracker.build(tx, iter).call_function(tx, [iterable], {})
+
+
+def realized(variable: Any) -> Any:
+    return variable.realize()
+
+
+def tuple_items(variable: Any) -> list[Any] | None:
+    """The items of a tuple. torch 2.11, 2.13."""
+    return list(variable.items) if type(variable) is TupleVariable else None
+
+
+def tensor_of_rows(tx: Any, items: list[Any]) -> Any:
+    """The proxy of the tensor whose rows, in order, are ``items``; None for other items. torch 2.11, 2.13."""
+    if not all(type(item) is TensorVariable for item in items):
+        return None
+    nodes = [item.as_proxy().node for item in items]
+    whole = nodes[0].args[0] if nodes[0].args else None
+    if not isinstance(whole, fx.Node) or not isinstance(whole.meta.get("example_value"), torch.Tensor):
+        return None
+    if any(node.target is not operator.getitem or node.args != (whole, i) for i, node in enumerate(nodes)):
+        return None
+    return items[0].as_proxy().tracer.proxy(whole) if whole.meta["example_value"].shape[0] == len(items) else None
+
+
+def put_in_graph(tx: Any, op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)`` of proxies and numbers in the graph, as a variable. torch 2.11, 2.13."""
+    return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", op, args, {}))
+
+
+def python_number(variable: Any) -> int | None:
+    """A Python integer that is known. torch 2.11, 2.13."""
+    if isinstance(variable, LazyVariableTracker) or not isinstance(variable, ConstantVariable):
+        return None
+    value = variable.as_python_constant()
+    return value if type(value) is int else None
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def is_list(variable: Any) -> bool:
+    """Whether a variable is a list that the traced code may change. torch 2.11, 2.13."""
+    return isinstance(variable, ListVariable) and variable.is_mutable()
+
+
+def module_value(variable: Any) -> nn.Module | None:
+    """The module that a variable stands for, without tracing more of it. torch 2.11, 2.13."""
+    value = variable.peek_value() if isinstance(variable, LazyVariableTracker) else getattr(variable, "value", None)
+    return value if isinstance(value, nn.Module) and getattr(variable, "source", None) is not None else None
+
+
+def container_items(tx: Any, variable: Any) -> tuple[Any, dict[str, nn.Module]] | None:
+    """The source of a ``ModuleList``, ``ModuleDict`` or ``Sequential``, and the modules that it holds.
+
+    None for other variables, and where the traced code has changed the container. torch 2.11, 2.13.
+    """
+    if not isinstance(variable, UnspecializedNNModuleVariable) or variable.source is None:
+        return None
+    container = variable.value
+    if tx.output.side_effects.has_pending_mutation(variable):
+        return None
+    return variable.source, dict(container._modules)
+
+
+def own_getitem(variable: Any) -> Any:
+    """The ``__getitem__`` of the module that a variable stands for; None where it stands for none."""
+    return getattr(type(variable.value), "__getitem__", None) if _is_module(variable) else None
+
+
+def _is_module(variable: Any) -> bool:
+    return isinstance(variable, UnspecializedNNModuleVariable)
+
+
+def source_of_item(variable: Any) -> Any:
+    """``(source of the container, key)`` of a module that was taken out of one; None for others. torch 2.11, 2.13."""
+    source = variable.source
+    while source is not None and not hasattr(source, "index"):  # wrappers that only say what kind of module it is
+        source = getattr(source, "base", None)
+    held_in: Any = getattr(source, "base", None)
+    if not isinstance(getattr(source, "index", None), str) or getattr(held_in, "member", None) != "_modules":
+        return None
+    return held_in.base, source.index
+
+
+def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
+    """Trace again once ``holds(value of source)`` is false. torch 2.11, 2.13."""
+
+    def build(builder: GuardBuilder, guard: Guard) -> None:
+        code = [f"moe_rewrite: {what}"]
+        guard.set_export_info("LAMBDA_GUARD", None, code, None)
+        builder.get_guard_manager(guard).add_lambda_guard(holds, code, guard.user_stack)
+
+    install_guard(Guard(source, build))
+
+
+def global_variable(tx: Any, prefix: str, value: Any) -> Any:
+    """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13."""
+    name = tx.output.install_global_by_id(prefix, value)
+    return VariableTracker.build(tx, value, GlobalSource(name)).realize()
+
+
+def stand_in(tx: Any, value: torch.Tensor, variable: Any) -> None:
+    """From now on, tracing finds ``variable`` where it comes to the tensor ``value``. torch 2.11, 2.13."""
+    effects = tx.output.side_effects
+    variable.as_proxy().node.meta.setdefault("tensor_dict", {})  # where Dynamo notes things about a parameter
+    effects.id_to_variable[id(value)] = variable
+    effects.keepalive.append(value)
+
+
+def end_stand_in(tx: Any, value: torch.Tensor) -> None:
+    tx.output.side_effects.id_to_variable.pop(id(value), None)
+
+
+def graph_input(node: Any) -> Any:
+    """The Python object that a placeholder stands for; None where that is not known. torch 2.11, 2.13."""
+    argument = node.meta.get("grapharg")
+    return getattr(argument, "example", None) if argument is not None else None
+
+
+def arange(tx: Any, length: int) -> Any:
+    """``torch.arange(length)`` in the graph. torch 2.11, 2.13."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    return TorchInGraphFunctionVariable(torch.arange).call_function(tx, [ConstantVariable.create(length)], {})
+
+
+def compute(tx: Any, function: Any, *args: Any) -> Any:
+    """``function(*args)`` for a builtin function of variables and numbers. torch 2.11, 2.13."""
+    given = [arg if isinstance(arg, VariableTracker) else ConstantVariable.create(arg) for arg in args]
+    return VariableTracker.build(tx, function).call_function(tx, given, {})
+
+
+def element_count(variable: Any) -> Any:
+    """How many elements a computed tensor has; None for other variables. torch 2.11, 2.13."""
+    if type(variable) is not TensorVariable or variable.source is not None:
+        return None
+    return variable.as_proxy().node.meta["example_value"].numel()
+
+
+def formatted(variable: Any) -> Any:
+    """``f"{variable}"``, as a string that is not known yet. torch 2.11, 2.13."""
+    return StringFormatVariable.create("{}", [variable], {})
+
+
+def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], str] | None:
+    """A string that is made of an index, as a function of the index; None for others. torch 2.11, 2.13."""
+    if not isinstance(variable, StringFormatVariable) or variable.sym_kwargs:
+        return None
+    form, parts = variable.format_string, list(variable.sym_args)
+    if not all(part.is_python_constant() or is_index(part) for part in parts):
+        return None
+    known = [None if is_index(part) else part.as_python_constant() for part in parts]
+    return lambda index: form.format(*(index if part is None else part for part in known))

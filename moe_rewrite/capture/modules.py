@@ -1,0 +1,152 @@
+"""Experts that are modules: one of them is traced, for a symbolic index, in the place of all.
+
+The parameters of alike modules are kept in one table for each name (``moe_rewrite.packing``). Dynamo traces a template
+of the modules, whose parameters are ``moe_rewrite.select(table, 0, index)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from moe_rewrite import markers, packing
+from moe_rewrite.capture import dynamo, dynamo_modules
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertModules:
+    """Modules that a loop's index picks from.
+
+    Attributes:
+        source: where the traced code finds the container that holds them.
+        keys: their keys in it, by index.
+        modules: the modules, by index.
+    """
+
+    source: Any
+    keys: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+    @classmethod
+    def of_container(cls, tx: Any, container: Any) -> ExpertModules | None:
+        """Those of a ``ModuleList`` (or the like), as its ``[index]`` finds them; None for other variables."""
+        if dynamo_modules.own_getitem(container) is not nn.ModuleList.__getitem__:
+            return None
+        return cls._of_dict(dynamo_modules.container_items(tx, container))
+
+    @classmethod
+    def of_dict(cls, tx: Any, container: Any, keys: list[str]) -> ExpertModules | None:
+        """Those that a ``ModuleDict`` has under ``keys``; None for other variables, and where one is missing."""
+        if dynamo_modules.own_getitem(container) is not nn.ModuleDict.__getitem__:
+            return None
+        return cls._of_dict(dynamo_modules.container_items(tx, container), keys)
+
+    @classmethod
+    def _of_dict(
+        cls, found: tuple[Any, dict[str, nn.Module]] | None, keys: list[str] | None = None
+    ) -> ExpertModules | None:
+        if found is None:
+            return None
+        source, modules = found
+        keys = list(modules) if keys is None else keys
+        if not keys or any(key not in modules for key in keys):
+            return None
+        return cls(source, tuple(keys), tuple(modules[key] for key in keys))
+
+    @classmethod
+    def of_items(cls, items: list[Any]) -> ExpertModules | None:
+        """Those that a loop iterates, taken out of one container; None for anything else."""
+        modules = [dynamo_modules.module_value(item) for item in items]
+        if not modules or any(module is None for module in modules):
+            return None
+        places = [dynamo_modules.source_of_item(item) for item in items]
+        if any(place is None or place[0] != places[0][0] for place in places):
+            return None
+        return cls(places[0][0], tuple(key for _, key in places), tuple(modules))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def at_index(self, tx: Any, loop: Any) -> Any:
+        """The variable of the module at the index of ``loop``."""
+        path = loop.path
+        try:
+            pack = packing.pack(self.modules, copy=getattr(loop.frame.session.options, "pack", True))
+        except packing.NotAlike as error:
+            loop.refuse(f"the experts are modules that are not alike: {error}", tx)
+        dynamo_modules.guard_on(self.source, _unchanged(pack, self.keys), "the experts' modules and parameters")
+        template = dynamo_modules.global_variable(tx, "moe_rewrite_template", pack.template)
+        if id(pack) not in path.templates:
+            path.templates[id(pack)] = Template.start(tx, loop, pack)
+        return template
+
+
+def _unchanged(pack: Any, keys: tuple[str, ...]) -> Callable[[Any], bool]:
+    def unchanged(container: nn.Module) -> bool:
+        modules = container._modules
+        return all(key in modules for key in keys) and bool(pack.unchanged([modules[key] for key in keys]))
+
+    return unchanged
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A template whose parameters stand for those of the expert at a loop's index, while a path is traced."""
+
+    tensors: tuple[Any, ...]
+
+    @classmethod
+    def start(cls, tx: Any, loop: Any, pack: Any) -> Template:
+        index = loop.path.index.as_scalar(tx).as_tensor()
+        tensors = []
+        for name in pack.names:
+            table = loop.frame.table(tx, pack, name)
+            module_name, _, tensor_name = name.rpartition(".")
+            tensor = getattr(pack.template.get_submodule(module_name), tensor_name)
+            selected = dynamo.call_in_graph(tx, markers.select, [table, 0, index])
+            dynamo_modules.stand_in(tx, tensor, selected)
+            tensors.append(tensor)
+        return cls(tuple(tensors))
+
+    def end(self, tx: Any) -> None:
+        for tensor in self.tensors:
+            dynamo_modules.end_stand_in(tx, tensor)
+
+
+def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
+    """``container[key]`` for the index of a loop, or for a name that is made of it; None for other keys."""
+    name = dynamo_modules.names_of(key, loop.is_index)
+    if name is not None:
+        picked = ExpertModules.of_dict(tx, container, [name(index) for index in range(max(loop.path.experts) + 1)])
+    elif loop.is_index(key):
+        picked = ExpertModules.of_container(tx, container)
+    else:
+        return None
+    if picked is not None:
+        return picked.at_index(tx, loop)
+    return loop.refuse("the expert's index picks from something that is no plain container of modules", tx)
+
+
+def with_tables(gm: fx.GraphModule, tables: dict[int, tuple[Any, str]], compiled: Callable[..., Any]) -> Any:
+    """``compiled``, called with tables whose gradient flows to the parameters they hold.
+
+    Args:
+        gm: the graph that was compiled.
+        tables: the pack and the name of each table, by the id of its tensor.
+        compiled: the compiled function of the graph's inputs.
+    """
+    given = [dynamo_modules.graph_input(node) for node in gm.graph.find_nodes(op="placeholder")]
+    places = [(place, *tables[id(tensor)]) for place, tensor in enumerate(given) if id(tensor) in tables]
+    if not places:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        filled = list(inputs)
+        for place, pack, name in places:
+            filled[place] = pack.inputs(name)
+        return compiled(*filled)
+
+    return run
