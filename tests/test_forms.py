@@ -305,6 +305,40 @@ def _experts_choose(m, loop, x, ids, weights):
     return out
 
 
+def _experts_choose_and_add_back(m, loop, x, ids, weights):
+    out, scores = torch.zeros_like(x), x @ m.weight[0][:, :NUM_EXPERTS]
+
+    def body(e):
+        gate, token = scores.select(1, e).topk(2)
+        out[token] += m.expert(x[token], e) * gate[:, None]
+
+    loop.each(body)
+    return out
+
+
+def _once_a_token_written(m, loop, x, ids, weights):
+    out = x * 2
+
+    def body(e):
+        mask = (ids == e).any(1)
+        out[mask] = m.expert(x[mask], e)
+
+    loop.each(body)
+    return out
+
+
+def _ids_of_each_expert(m, loop, x, ids, weights):
+    """What is compared with the expert's number is another tensor for each expert."""
+    out, table = torch.zeros_like(x), torch.arange(NUM_EXPERTS * TOKENS).view(NUM_EXPERTS, TOKENS) % 3
+
+    def body(e):
+        token = torch.where(table[e] == e)[0]
+        out.index_add_(0, token, m.expert(x[token], e))
+
+    loop.each(body)
+    return out
+
+
 def _if_any(m, loop, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
 
@@ -357,12 +391,23 @@ def _number(m, loop, x, ids, weights):
 
 TOP_K_FORMS = [
     *(_adds, _asks_for_rows, _adds_back, _adds_back_by_pair, _writes_pairs, _once_a_token, _once_a_token_by_count),
-    *(_overwrites, _two_columns, _scatters, _with_a_factor, _carried, _if_any, _if_many, _if_large, _number),
+    *(
+        _overwrites,
+        _once_a_token_written,
+        _two_columns,
+        _scatters,
+        _with_a_factor,
+        _carried,
+        _if_any,
+        _if_many,
+        _if_large,
+        _number,
+    ),
 ]
-MASK_FORMS = [_any_mask, _threshold, _overwrites_by_mask]
+MASK_FORMS = [_any_mask, _threshold, _overwrites_by_mask, _ids_of_each_expert]
 DENSE_FORMS = [
     *(_every_token, _every_token_in_place, _in_place_on_what_is_carried, _stacked, _parts, _parts_added),
-    _experts_choose,
+    *(_experts_choose, _experts_choose_and_add_back),
 ]
 FORMS: list[Any] = [
     *(pytest.param(form, TopKDispatch, id=form.__name__) for form in TOP_K_FORMS),
@@ -526,6 +571,30 @@ def _adds_and_overwrites(m, loop, x, ids, weights):
     return out
 
 
+def _puts_back_what_is_old(m, loop, x, ids, weights):
+    out, (_, ids) = torch.zeros_like(x), routed(m, x)
+
+    def body(e):
+        token, slot = torch.where(ids == e)
+        before = out[token]
+        out.index_add_(0, token, x[token])
+        out[token] = before + m.expert(x[token], e)
+
+    loop.each(body)
+    return out
+
+
+def _for_all_alike(m, loop, x, ids, weights):
+    out = torch.zeros_like(x)
+
+    def body(e):
+        token = torch.where(x[:, 0] > 0)[0]
+        out.index_add_(0, token, m.expert(x[token], e))
+
+    loop.each(body)
+    return out
+
+
 def _by_values_of_rows(m, loop, x, ids, weights):
     out = torch.zeros_like(x)
 
@@ -595,6 +664,8 @@ REFUSALS: list[tuple[Form, str]] = [
     (_reads_in_between, "reads the accumulator"),
     (_scaled_back, "reads the accumulator"),
     (_adds_and_overwrites, "changed in another way too"),
+    (_puts_back_what_is_old, "reads the accumulator"),
+    (_for_all_alike, "do not depend on the expert"),
     (_by_values_of_rows, "depends on values of rows|acts on all dimensions at once"),
     (_every_token_if, "not every expert is visited in the same way"),
     (_overwrites_all, "each expert overwrites all that the others wrote"),

@@ -7,6 +7,7 @@ in ways that are understood, and not be read otherwise: what is read would depen
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -39,18 +40,23 @@ class Carried(Special):
 
 @dataclasses.dataclass(frozen=True)
 class Reading(Special):
-    """The accumulator at some positions, or an expert's part of it; to be added to and put back."""
+    """The accumulator at some positions, or an expert's part of it; to be added to and put back.
+
+    ``effects``: how many there were before it was read; None for a part, which is no copy.
+    """
 
     target: Target
     index: tuple[Value, ...]
+    effects: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum(Special):
-    """Such a reading and what is added to it."""
+    """Such a reading and what is added to it. ``effects``: how many there were before the reading was made."""
 
     reading: Reading
     added: Value
+    effects: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Effects:
 
     def part(self, node: fx.Node) -> Reading:
         """``out[:, expert]``, which may be changed in place, or added to and put back."""
-        return Reading(self.target_of(node), ())
+        return Reading(self.target_of(node), (), None)
 
     def read(self, node: fx.Node) -> NoReturn:
         """Refuse a node that reads what depends on the iterations before."""
@@ -151,7 +157,8 @@ class Effects:
 
     def reading(self, node: fx.Node, given: dict[str, Any]) -> Reading:
         """``out[index]``, which may be added to and put back."""
-        return Reading(self.target_of(node.args[0]), self._columns(node, given["indices"]))  # type: ignore[arg-type]
+        target = self.target_of(node.args[0])  # type: ignore[arg-type]
+        return Reading(target, self._columns(node, given["indices"]), len(self.combines))
 
     # --- markers ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +214,7 @@ class Effects:
     def _add_to_reading(self, node: fx.Node, op: Any, reading: Reading, added: Any) -> Sum:
         if not isinstance(added, Value):
             self._refuse_read(node)
-        total = Sum(reading, added)
+        total = Sum(reading, added, len(self.combines) if reading.effects is None else reading.effects)
         if op is aten.add_.Tensor:
             self.program.values[node.args[0]] = total  # type: ignore[index]
         return total
@@ -217,7 +224,8 @@ class Effects:
         if op.overloadpacket.__name__.removesuffix("_") not in _EFFECTS:
             self._refuse_read(node)
         if op is aten.index.Tensor:
-            return Reading(Target(carry.start, None, carried.carry), self._columns(node, given["indices"]))
+            index = self._columns(node, given["indices"])
+            return Reading(Target(carry.start, None, carried.carry), index, len(self.combines))
         if op is aten.alias.default:
             return carried
         if carried.version != carry.version:
@@ -287,10 +295,11 @@ class Effects:
                 target = dataclasses.replace(target, expert_dim=given["dim"] % target.accumulator.example.dim())
         else:
             raise Refused(f"`{op}` changes a tensor in place, other than by adding rows to an accumulator", node)
-        if values == Reading(target, index) and write is Write.SET:
+        if values == Reading(target, index, None) and write is Write.SET:
             return  # `out[e] += y` puts back what it has changed in place
         if isinstance(values, Sum) and write is Write.SET:
-            if values.reading != Reading(target, index):
+            read = values.reading
+            if (read.target, read.index) != (target, index) or values.effects != len(self.combines):
                 self._refuse_read(node)
             write, values = Write.ADD_LAST, values.added
         if not isinstance(values, Value):
@@ -410,6 +419,14 @@ class Effects:
         # In eager, rows that others overwrite in one go still get the gradient of those.
         return False if in_order and few and not self.program.differentiated else None
 
+    def _differ(self, index: Value) -> bool:
+        """Whether the entries of an index of the expert's own are known to differ: the positions of a ``topk``."""
+        made_by = {step.result: step for step in self.program.steps}
+        step = made_by[index]
+        if step.op is not operator.getitem or step.args[1] != 1 or index.example.dim() != 1:
+            return False
+        return made_by[step.args[0]].op in (aten.topk.default, aten.sort.default, aten.sort.stable)
+
     def _axes(self, column: Value) -> list[int]:
         place = self.program.places.get(column)
         plain = place is not None and place.divisor == 1 and place.modulus is None
@@ -429,7 +446,9 @@ class Effects:
         shape = list(accumulator.shape)
         if index:
             shape = [index[0].example.shape[0], *shape[len(index) :]]
-            if len(index) > 1 or target.expert_dim is not None or write is not Write.ADD:
+            once = write is Write.ADD or (write is Write.ADD_LAST and self._differ(index[0]))
+            write = Write.ADD if once else write
+            if len(index) > 1 or target.expert_dim is not None or not once:
                 raise Refused("values are written to positions of which one may come up more than once", node)
         elif target.expert_dim is not None:
             del shape[target.expert_dim]

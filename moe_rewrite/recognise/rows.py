@@ -138,11 +138,13 @@ class RowProgram:
         self._select_rows(mask, node)
 
     def _select_rows(self, mask: fx.Node, node: fx.Node) -> Selection:
+        if self.value(mask).kind is not Kind.PER_EXPERT:
+            raise Refused("the selected rows do not depend on the expert", node)
         selection = Selection.by(mask, self.meanings.get(mask))
+        if selection.ids is not None and self.value(selection.ids).kind is not Kind.INVARIANT:
+            selection = Selection.by(mask, None)
         if self.selection is not None and not self.selection.is_same(selection):
             raise Refused("the body selects rows in two different ways", node)
-        if selection.ids is not None and self.value(selection.ids).kind is not Kind.INVARIANT:
-            raise Refused("the expert ids depend on the iteration", selection.ids)
         self.selection = self.selection or selection
         return selection
 
