@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -23,7 +24,8 @@ TESTED_TORCH = ("2.11", "2.13")
 """The range of torch versions that the tests were run with."""
 
 try:
-    from moe_rewrite.capture import frames
+    from moe_rewrite.capture import dynamo, frames
+    from moe_rewrite.capture.modules import with_tables
 
     _unavailable = ""
 except (ImportError, AttributeError) as _error:  # torch moved its private parts
@@ -57,16 +59,22 @@ def moe_rewrite(
     session = capture.session if capture is not None else Session(parsed)
     plans = make_plans(gm, session.mapping, session.base_path)
     refused = [plan.report for plan in plans if plan.report is not None and plan.report.refusal is not None]
-    if refused and not session.explains:
+    if refused and capture is None:
         session.refused(refused)
-        if capture is None:
-            raise LoopRefused(refused)
-        capture.restart_as_stock([report.refusal for report in refused if report.refusal is not None])
+        raise LoopRefused(refused)
+    if refused and capture is not None:
+        capture.give_up(refused)
     reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
-    if capture is not None and capture.widened and not refused and any(map(has_unknown_size, gm.graph.nodes)):
+    if capture is not None and capture.widened and not refused and _has_unknown_sizes_of_its_own(gm):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
     session.rewritten(reports)
-    return compile_inner(gm, example_inputs, parsed)
+    compiled = compile_inner(gm, example_inputs, parsed)
+    return compiled if capture is None else with_tables(gm, capture.tables, compiled)
+
+
+def _has_unknown_sizes_of_its_own(gm: fx.GraphModule) -> bool:
+    """Whether the graph, apart from what loops were rewritten into, holds sizes that only run time knows."""
+    return any(has_unknown_size(node) for node in gm.graph.nodes if "moe_rewrite" not in node.meta)
 
 
 @dataclasses.dataclass
@@ -75,14 +83,17 @@ class Session:
 
     Attributes:
         options: the user's options.
-        root: the module whose ``forward`` the frame is; None for a function.
-        base_path: the path of ``root`` in the module that was compiled first.
+        root: the module that paths start at: the compiled one, unless a function was compiled. None where no module
+            is known.
+        module: the module that the frame is of; None for a function that gets none.
+        base_path: the path of ``module`` in ``root``.
         mapping: the experts mapping, with names of sub-configs replaced by module paths.
         memory: what is remembered from frame to frame of one ``torch.compile`` call.
     """
 
     options: Options
     root: nn.Module | None = None
+    module: nn.Module | None = None
     base_path: str = ""
     memory: Memory = dataclasses.field(default_factory=lambda: Memory())
     mapping: ExpertsMapping = dataclasses.field(init=False)
@@ -97,12 +108,23 @@ class Session:
         return self.memory.explains
 
     def full_path(self, path: str) -> str:
-        """``path`` in this frame's module as a path in the module that was compiled first."""
+        """``path`` in this frame's module as a path in the root module."""
         return ".".join(filter(None, (self.base_path, path)))
 
     def leaves_alone(self, path: str) -> bool:
         """Whether the loop at ``path`` is configured to stay as it is, so that it need not be captured."""
         return not self.explains and self.mapping.choose(path) == EAGER
+
+    def is_particular(self) -> bool:
+        """Whether the mapping treats the frame's module otherwise than another one of its class.
+
+        What is compiled for one module would serve the other too. An explanation has something to say of each.
+        """
+        if self.root is None or self.module is None or self.explains:
+            return self.explains
+        own = self.mapping.below(self.base_path)
+        alike = ((path, other) for path, other in self.root.named_modules() if type(other) is type(self.module))
+        return any(self.mapping.below(path) != own for path, _ in alike)
 
     def refused(self, reports: list[LoopReport]) -> None:
         known = {(report.path, report.location) for report in self.memory.reports}
@@ -117,7 +139,7 @@ class Session:
         if not self.explains:
             log_reports(reports)
         self._hint_at_other_implementation(reports)
-        if reports and self.root is not None and not self.base_path:
+        if reports and self.root is not None:
             self._warn_of_unmatched_prefixes(reports)
 
     def _warn_of_unmatched_prefixes(self, reports: list[LoopReport]) -> None:
@@ -135,8 +157,10 @@ class Session:
 
     def _hint_at_other_implementation(self, reports: list[LoopReport]) -> None:
         """A transformers model set to one of transformers' own implementations has no loop to find."""
+        if reports or self.module is not self.root or "implementation" in self.memory.warned:
+            return
         chosen = other_implementation(self.root)
-        if chosen is None or reports or self.base_path or "implementation" in self.memory.warned:
+        if chosen is None:
             return
         self.memory.warned.add("implementation")
         warnings.warn(f"moe_rewrite: {chosen}", stacklevel=2)
@@ -156,47 +180,120 @@ def other_implementation(model: nn.Module | None) -> str | None:
     )
 
 
+_CodesOfModules: TypeAlias = weakref.WeakKeyDictionary[nn.Module, set[int]]
+
+
 @dataclasses.dataclass
 class Memory:
     """What is remembered from frame to frame of one ``torch.compile`` call.
 
     Attributes:
-        paths: the path of each module seen, in the module that was compiled first.
+        roots: the modules that paths start at: the compiled one; where a function was compiled, those that its frames
+            were of and that stand in no other of them.
+        codes: the code of the frames that were traced, by its ``id``: different functions can have equal code.
+        particular: by module, the ids of the codes of those frames whose mapping differs from that of the same frame of
+            another module.
+        given_up: by module, the ids of those among them that Dynamo gave up.
         warned: what was warned of already.
         reports: what became of each loop, in the order of compilation.
         explains: whether the model is only looked at.
     """
 
-    paths: weakref.WeakKeyDictionary[nn.Module, str] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
+    roots: list[weakref.ref[nn.Module]] = dataclasses.field(default_factory=list)
+    codes: dict[int, types.CodeType] = dataclasses.field(default_factory=dict)
+    particular: _CodesOfModules = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
+    given_up: _CodesOfModules = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
     warned: set[str] = dataclasses.field(default_factory=set)
     reports: list[LoopReport] = dataclasses.field(default_factory=list)
     explains: bool = False
 
-    def path_of(self, module: nn.Module) -> str:
-        """The path of ``module``; ``""`` for one that is in no module seen before."""
-        if module not in self.paths:
-            for path, sub_module in module.named_modules():
-                self.paths[sub_module] = path
-        return self.paths[module]
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """A copy of a compiled model is compiled anew: it remembers nothing."""
+        return Memory, ()
+
+    def locate(self, module: nn.Module | None) -> tuple[nn.Module | None, str]:
+        """The root that ``module`` stands in, and its path there. A module that stands in none is a new root.
+
+        None is located at the first root.
+        """
+        roots = [root for root in (reference() for reference in self.roots) if root is not None]
+        if module is None:
+            return (roots[0] if roots else None), ""
+        for root in roots:
+            for path, sub_module in root.named_modules():
+                if sub_module is module:
+                    return root, path
+        self.roots.append(weakref.ref(module))
+        return module, ""
 
 
-def start_session(wrapper: Any, root: object) -> Session:
+def start_session(wrapper: Any, owner: object) -> Session:
     """The session for a frame that is about to be traced for ``wrapper``, the object that ``torch.compile`` made.
 
     Args:
         wrapper: holds the ``kwargs`` that this backend is called with. What is remembered is kept on it.
-        root: the ``self`` of the frame, if it has one.
+        owner: the ``self`` of the frame, if it has one.
 
     Raises:
         OptionsError: the options are wrong.
     """
     options = Options.parse(**getattr(wrapper, "kwargs", {}))
-    memory = getattr(wrapper, "_moe_rewrite_memory", None)
+    memory = _memory(wrapper)
     if memory is None:
         memory = wrapper._moe_rewrite_memory = Memory()
         _check_torch_version(memory)
-    module = root if isinstance(root, nn.Module) else None
-    return Session(options, module, memory.path_of(module) if module is not None else "", memory=memory)
+    # The frame's own module may stand below it: Dynamo passes over frames that it gave up, also for another compiler.
+    memory.locate(dynamo.compiled_module(wrapper))
+    code, arguments = dynamo.traced_frame()
+    memory.codes[id(code)] = code
+    name, module = _module_among(arguments)
+    root, path = memory.locate(module)
+    session = Session(options, root, module, path, memory)
+    if module is not None and session.is_particular():
+        memory.particular.setdefault(module, set()).add(id(code))
+        dynamo.guard_identity(name)
+    return session
+
+
+def _module_among(arguments: Mapping[str, object]) -> tuple[str, nn.Module | None]:
+    """The module that a frame is of, and the argument that it is: ``self``, or the only module that a function gets."""
+    modules = {name: value for name, value in arguments.items() if isinstance(value, nn.Module)}
+    if "self" in modules:
+        return "self", modules["self"]
+    return next(iter(modules.items())) if len({id(module) for module in modules.values()}) == 1 else ("", None)
+
+
+def _convert_frame(original: Callable[..., Any], converter: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+    """Dynamo gives up a function for all modules. Where the mapping tells modules apart, it is to do so for one.
+
+    Layers are often of one class, and one of them may be configured to stay as it is.
+    """
+    wrapper = dynamo.compiler_wrapper(converter)
+    if not is_ours(wrapper):
+        return original(converter, frame, *args, **kwargs)
+    module, code = _module_among(frame.f_locals)[1], id(frame.f_code)
+    memory = _memory(wrapper)
+    if module is not None and memory is not None and code in memory.given_up.get(module, ()):
+        return dynamo.given_up_once()
+    result = original(converter, frame, *args, **kwargs)
+    memory = _memory(wrapper)
+    if module is None or memory is None or code not in memory.particular.get(module, ()):
+        return result
+    if not dynamo.is_given_up(result):
+        return result
+    memory.given_up.setdefault(module, set()).add(code)
+    return dynamo.given_up_once()
+
+
+def traced_codes(wrapper: Any) -> list[types.CodeType]:
+    """The code of the frames that were traced for ``wrapper``."""
+    memory = _memory(wrapper)
+    return list(memory.codes.values()) if memory is not None else []
+
+
+def _memory(wrapper: Any) -> Memory | None:
+    memory: Memory | None = getattr(wrapper, "_moe_rewrite_memory", None)
+    return memory
 
 
 def is_ours(wrapper: Any) -> bool:
@@ -226,6 +323,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 if not _unavailable:
     frames.install(is_ours, start_session)
+    dynamo.on_convert_frame(_convert_frame)
 else:
     warnings.warn(
         f"moe_rewrite cannot hook into the Dynamo of torch {torch.__version__} ({_unavailable}): experts loops are "

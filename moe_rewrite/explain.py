@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from moe_rewrite.backend import Memory, is_ours, moe_rewrite, other_implementation
+from moe_rewrite.backend import Memory, is_ours, moe_rewrite, other_implementation, traced_codes
 from moe_rewrite.capture import dynamo
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.report import LoopReport
@@ -50,7 +50,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     are.
 
     Args:
-        model: a model, or what ``torch.compile(model, backend="moe_rewrite")`` returned, whose options are then used.
+        model: a model. The options of one that is compiled with ``backend="moe_rewrite"`` are used.
         args: positional arguments of a call of the model.
         kwargs: keyword arguments of it.
 
@@ -65,22 +65,40 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         return gm
 
     options = {"experts": given.get("experts", {}), "inner": keep}
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake_mode = _FakeRun(shape_env=ShapeEnv())
     fake_model = _fake_copy(model, fake_mode)
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, fake_mode), (args, kwargs))
     memory, notes = Memory(explains=True), []
     compiled = torch.compile(fake_model, backend=moe_rewrite, options=options)
-    dynamo.compiled_with(compiled)._moe_rewrite_memory = memory
+    wrapper = dynamo.compiled_with(compiled)
+    wrapper._moe_rewrite_memory = memory
     try:
         with fake_mode:
             compiled(*fake_args, **fake_kwargs)
-    except Exception as error:  # a loop that is left as it is runs in Python, and there are no values to run it on
+    except Exception as error:  # what is left as it is runs in Python, and there are no values to run it on
         what = str(error).strip().splitlines()
         notes.append(f"tracing ended at: {type(error).__name__}: {what[0] if what else ''}")
+    finally:
+        dynamo.forget(wrapper, traced_codes(wrapper))
     other = other_implementation(model)
     if other is not None and not memory.reports:
         notes.append(other)
     return Explanation(list(dict.fromkeys(memory.reports)), graphs, notes)
+
+
+class _FakeRun(FakeTensorMode):  # type: ignore[misc]
+    """A fake tensor mode in which a loop over an unknown number of rows that is left in Python makes no iteration.
+
+    There is no number to go by, and what comes after the loop is to be looked at too. In torch 2.11 the iteration fails
+    before it gets here: there the explanation ends at such a loop, with a note.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.unbind.int and torch._guards.TracingContext.try_get() is None:
+            tensor, dim = args[0], args[1] if len(args) > 1 else 0
+            if free_unbacked_symbols(tensor.shape[dim]):
+                return ()
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _model_and_options(model: object) -> tuple[nn.Module, dict[str, Any]]:
@@ -90,12 +108,17 @@ def _model_and_options(model: object) -> tuple[nn.Module, dict[str, Any]]:
             raise MoeRewriteError("explain got a model that is compiled with another backend; give it the model itself")
         assert isinstance(model, nn.Module)
         original: nn.Module = model._orig_mod  # type: ignore[assignment]
-        return original, dict(wrapper.kwargs.get("options", {}))
+        return original, _options(wrapper)
     if not isinstance(model, nn.Module):
         raise MoeRewriteError(
             f"explain takes an nn.Module or what torch.compile made of one, got {type(model).__name__}"
         )
-    return model, {}
+    in_place = dynamo.compiled_in_place_with(model)
+    return model, _options(in_place) if in_place is not None and is_ours(in_place) else {}
+
+
+def _options(wrapper: Any) -> dict[str, Any]:
+    return dict(wrapper.kwargs.get("options", {}))
 
 
 def _fake(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_rewrite.backend import is_ours
+from moe_rewrite.backend import is_ours, traced_codes
 from moe_rewrite.capture import dynamo
 from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.errors import MoeRewriteError
@@ -22,7 +22,8 @@ def get_experts_backend(compiled_model: nn.Module) -> dict[str, str]:
     """The experts mapping of a compiled model; empty where nothing is configured.
 
     Args:
-        compiled_model: what ``torch.compile(model, backend="moe_rewrite")`` returned.
+        compiled_model: what ``torch.compile(model, backend="moe_rewrite")`` returned, or a module after
+            ``module.compile(backend="moe_rewrite")``.
 
     Raises:
         MoeRewriteError: it is something else.
@@ -36,8 +37,13 @@ def set_experts_backend(compiled_model: nn.Module, mapping: Mapping[str, str] | 
     The model itself is not touched. What the mapping changes is compiled at the next call; what was compiled with
     another mapping is kept and used again when that mapping comes back.
 
+    Dynamo gives up the frame of a function with a graph break in a ``for`` statement, such as one over layers with a
+    loop that is left as it is. Those that it gave up for this model are traced again. One that it gave up for another
+    compiler backend before is not: what it calls is compiled function by function, with the same mapping.
+
     Args:
-        compiled_model: what ``torch.compile(model, backend="moe_rewrite")`` returned.
+        compiled_model: what ``torch.compile(model, backend="moe_rewrite")`` returned, or a module after
+            ``module.compile(backend="moe_rewrite")``.
         mapping: module path prefixes and experts backends, or the name of one for all.
 
     Raises:
@@ -46,6 +52,8 @@ def set_experts_backend(compiled_model: nn.Module, mapping: Mapping[str, str] | 
     """
     wanted = ExpertsMapping.parse(mapping)
     current = _wrapper(compiled_model)
+    if wanted == _options(current).experts:
+        return
     known = _wrappers.setdefault(compiled_model, {})
     known.setdefault(_options(current).experts, current)
     if wanted not in known:
@@ -54,7 +62,13 @@ def set_experts_backend(compiled_model: nn.Module, mapping: Mapping[str, str] | 
         if "mode" in kwargs:
             options["mode"] = kwargs["mode"]
         known[wanted] = dynamo.wrapper_like(current, options)
-    dynamo.compile_again(compiled_model, known[wanted])
+    for wrapper in known.values():
+        for code in traced_codes(wrapper):
+            dynamo.trace_again(code)
+    if dynamo.compiled_with(compiled_model) is not None:
+        dynamo.compile_again(compiled_model, known[wanted])
+    else:
+        dynamo.compile_in_place_again(compiled_model, known[wanted])
 
 
 @contextlib.contextmanager
@@ -73,10 +87,11 @@ def _options(wrapper: Any) -> Options:
 
 
 def _wrapper(compiled_model: object) -> Any:
-    wrapper = dynamo.compiled_with(compiled_model)
+    wrapper = dynamo.compiled_with(compiled_model) or dynamo.compiled_in_place_with(compiled_model)
     if wrapper is None or not is_ours(wrapper):
         raise MoeRewriteError(
-            f"expected what torch.compile(model, backend='moe_rewrite') returns, got {type(compiled_model).__name__}"
+            f"expected what torch.compile(model, backend='moe_rewrite') returns, or a module after "
+            f"module.compile(backend='moe_rewrite'), got {type(compiled_model).__name__}"
             + (" compiled with another backend" if wrapper is not None else "")
         )
     return wrapper

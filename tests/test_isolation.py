@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo.config
 import torch._inductor.config
-from loops import Moe, inputs, plain
+from loops import Moe, Stack, inputs, plain, states
 from torch import fx
 
 import moe_rewrite
@@ -87,6 +87,26 @@ def test_nothing_is_left_behind_by_an_error() -> None:
     assert settings() == before
     assert count_graphs() == graphs
     compile_ours()
+
+
+def test_switching_leaves_what_others_compiled() -> None:
+    graphs = 0
+
+    def counting(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return gm
+
+    model = Stack()
+    stock = torch.compile(model, backend=counting)
+    ours = torch.compile(model, backend="moe_rewrite", options={"inner": "eager", "experts": "eager"})
+    expected = ours(states())
+    torch.testing.assert_close(stock(states()), expected)
+    before = graphs
+    moe_rewrite.set_experts_backend(ours, "grouped_mm")
+    for run in (ours, stock, ours, stock):
+        torch.testing.assert_close(run(states()), expected)
+    assert graphs == before > 0
 
 
 def test_two_threads() -> None:
