@@ -441,6 +441,12 @@ def _activation(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda m, y, e: function(y @ m.up_kn[e]) @ m.down_kn[e]
 
 
+def _in_place(m: Experts, y: Tensor, e: Tensor) -> Tensor:
+    y = F.silu(F.linear(y, m.up[e]), inplace=True)
+    y += m.bias_up[e]
+    return y.mul_(2).clamp_(max=3) @ m.down_kn[e]
+
+
 BODIES: dict[str, tuple[Callable[[Experts, Tensor, Tensor], Tensor], int]] = {
     # name: (rows of an expert, number of products with its weights)
     "[E, N, K]": (lambda m, y, e: F.linear(y, m.mix[e]), 1),
@@ -487,6 +493,17 @@ BODIES: dict[str, tuple[Callable[[Experts, Tensor, Tensor], Tensor], int]] = {
     "concatenated": (lambda m, y, e: torch.cat([y, y @ m.up_kn[e]], -1)[:, -HIDDEN:], 1),
     "padded": (lambda m, y, e: F.pad(y @ m.up_kn[e], (1, 1)), 1),
     "zeros": (lambda m, y, e: torch.zeros_like(y) + y @ m.mix[e], 1),
+    "addmm with factors": (lambda m, y, e: torch.addmm(m.bias[e], y, m.mix[e], alpha=0.5, beta=-2), 1),
+    "matrix times vector": (lambda m, y, e: y * (y @ m.norm[e])[:, None], 1),
+    "stack": (lambda m, y, e: torch.stack([y, y @ m.mix[e]], 1).mean(1), 1),
+    "repeat": (lambda m, y, e: (y @ m.up_kn[e])[:, :4].repeat(1, 2), 1),
+    "index of columns": (lambda m, y, e: (y @ m.mix[e])[:, torch.arange(HIDDEN).flip(0)], 1),
+    "log sigmoid": (_activation(F.logsigmoid), 2),
+    "prelu": (_activation(lambda y: F.prelu(y, torch.full((1,), 0.3, dtype=y.dtype))), 2),
+    "hardswish": (_activation(F.hardswish), 2),
+    "reversed difference": (_activation(lambda y: 1 - y), 2),
+    "masked_fill with a tensor": (_activation(lambda y: y.masked_fill(y < 0, torch.full((), 0.1, dtype=y.dtype))), 2),
+    "changed in place": (_in_place, 2),
     "dropout in eval": (lambda m, y, e: F.dropout(y @ m.mix[e], 0.5, training=False), 1),
 }
 
@@ -558,6 +575,18 @@ def _rows_reversed(m, x, ids, weights, expert, slot, token):
 @loop_over
 def _rows_with_each_other(m, x, ids, weights, expert, slot, token):
     return (x[token] @ x[token].T) @ x[token]
+
+
+@loop_over
+def _rows_repeated(m, x, ids, weights, expert, slot, token):
+    rows = m.expert(x[token], expert)
+    return rows.repeat(2, 1)[: token.shape[0]]
+
+
+@loop_over
+def _rows_stacked(m, x, ids, weights, expert, slot, token):
+    rows = m.expert(x[token], expert)
+    return torch.stack([rows, rows]).mean(0)
 
 
 @loop_over
@@ -649,6 +678,8 @@ REFUSALS: dict[str, tuple[Callable[..., Tensor], str]] = {  # name: (loop, in th
     "softmax over rows": (_softmax_over_rows, "acts along the rows of an expert"),
     "rows reversed": (_rows_reversed, "`aten.flip.default` acts along the rows of an expert"),
     "rows with each other": (_rows_with_each_other, "the rows of an expert"),
+    "rows repeated": (_rows_repeated, "rows"),
+    "rows stacked": (_rows_stacked, "with each other"),
     "number of rows": (_number_of_rows, "number of rows"),
     "order of the rows": (_order_of_the_rows, "number of rows"),
     "random": (_random, "random numbers in the body"),

@@ -155,7 +155,7 @@ class Lifted:
         args, kwargs = self._arguments(step)
         if step.op is Primitive.MATMUL:
             return product(*args)
-        if step.op in _INDEXING:
+        if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
             args = pytree.tree_map_only(Tensor, pairs.harmless_index, args[1:])
             return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
         if step.op is Primitive.INDEX_EXPERT:

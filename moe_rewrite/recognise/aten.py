@@ -18,8 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_rewrite.nodes import changes_something, example_value, is_size_assertion, short_name
 
-# Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand.
-_DECOMPOSED = [torch.ops.aten.native_layer_norm]
+# Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand. So is what
+# gives something for the backward besides its result.
+_DECOMPOSED = [torch.ops.aten.native_layer_norm, torch.ops.aten.log_sigmoid_forward]
 
 
 # Functions that change how operators run: transforms of torch.func, hooks on saved tensors.

@@ -269,6 +269,12 @@ class RowProgram:
             raise Refused("the body computes with the number of rows", node)
         if rules.is_pointwise(op):
             return self._pointwise(node, op, given, args, kwargs)
+        if op.overloadpacket in _CONSTANTS and all(isinstance(size, int) for size in node.meta["val"].shape):
+            fill = given.get("fill_value", _CONSTANTS[op.overloadpacket])
+            if not isinstance(fill, Value):
+                example = node.meta["val"]
+                like = {"dtype": example.dtype, "device": example.device}
+                return self.step(node, Kind.INVARIANT, aten.full.default, list(example.shape), fill, **like)
         if Kind.PER_EXPERT in numbers:
             raise Refused("the body computes with the expert's index as a number", node)
         rows = given.get("self", given.get("tensors"))
@@ -336,20 +342,35 @@ class RowProgram:
         )
 
     def _matmul(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value:
+        if op is aten.mv.default:
+            return self._matrix_times_vector(node, given["self"], given["vec"])
         left, right = given.get("mat1", given["self"]), given["mat2"]
         if left.kind is not Kind.PER_ROW or right.kind is Kind.PER_ROW:
             raise Refused(f"`{op}` contracts or moves the rows of an expert", node)
         if op is aten.mm.default:
             return self._product(node, left, right)
-        if given["beta"] != 1 or given["alpha"] != 1:
-            raise Refused(f"`{op}` with factors", node)
-        product = self._product(node, left, right, f"{node.name}_product")
-        bias = given["self"]
+        product = self._times(self._product(node, left, right, f"{node.name}_product"), given["alpha"])
+        bias = self._times(given["self"], given["beta"])
         if bias.kind is Kind.PER_EXPERT:
             bias = self.gathered(bias, 2, node)
         elif bias.kind is Kind.INVARIANT and bias.example.dim() == 2 and not is_one(bias.example.shape[0]):
             raise Refused(f"`{op}` adds something to the rows by their order", node)
         return self.step(node, Kind.PER_ROW, aten.add.Tensor, product, bias)
+
+    def _times(self, value: Value, factor: Any) -> Value:
+        if isinstance(factor, Value) or factor == 1:
+            return value
+        return self.extra_step("times", value.kind, value.example, aten.mul.Tensor, value, factor)
+
+    def _matrix_times_vector(self, node: fx.Node, rows: Value, vector: Value) -> Value:
+        if rows.kind is not Kind.PER_ROW or vector.kind is Kind.PER_ROW:
+            raise Refused(f"`{node.target}` contracts or moves the rows of an expert", node)
+        column = vector.example.unsqueeze(1)
+        weight = self.extra_step("column", vector.kind, column, aten.unsqueeze.default, vector, 1)
+        result = node.meta["val"].unsqueeze(1)
+        op = Primitive.MATMUL if weight.kind is Kind.PER_EXPERT else aten.mm.default
+        product = self.extra_step("product", Kind.PER_ROW, result, op, rows, weight)
+        return self.step(node, Kind.PER_ROW, aten.squeeze.dim, product, 1)
 
     def _product(self, node: fx.Node, rows: Value, weight: Value, name: str | None = None) -> Value:
         op = Primitive.MATMUL if weight.kind is Kind.PER_EXPERT else aten.mm.default
@@ -360,6 +381,9 @@ class RowProgram:
     def _gather(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value:
         """``source[token]``: each row reads at its own position of something that is no row."""
         source = given["self"] if "self" in given else given["weight"]
+        if self._keeps_rows(op, given, source):
+            args = [given["dim"], given["index"]] if op is aten.index_select.default else [given["indices"]]
+            return self.step(node, Kind.PER_ROW, op, source, *args)
         if source.kind is Kind.PER_ROW:
             raise Refused(f"`{op}` reads an expert's rows at other positions", node)
         indices = given["indices"] if op is not aten.index_select.default else [given["index"]]
@@ -385,6 +409,16 @@ class RowProgram:
         rest = [given["dim"], given["index"]] if op is aten.index_select.default else [given["indices"]]
         return self.step(node, Kind.PER_ROW, op, source, *rest)
 
+    def _keeps_rows(self, op: Any, given: dict[str, Any], source: Value) -> bool:
+        """Whether entries of each row are picked by an index that is the same for all: ``rows[:, index]``."""
+        if source.kind is not Kind.PER_ROW or op is aten.embedding.default:
+            return False
+        if op is aten.index_select.default:
+            return given["index"].kind is Kind.INVARIANT and given["dim"] % source.example.dim() != 0
+        used = [dim for dim, index in enumerate(given["indices"]) if index is not None]
+        side_by_side = used == list(range(used[0], used[-1] + 1)) and used[0] > 0
+        return side_by_side and all(given["indices"][dim].kind is Kind.INVARIANT for dim in used)
+
     def _mask_as_positions(self, node: fx.Node) -> list[Value]:
         """The index ``[mask]`` as positions, one for each dimension of the mask."""
         given: Any = node.args[1]
@@ -394,7 +428,8 @@ class RowProgram:
         return self.columns_of(indices[0], node.meta["val"])
 
 
-_MATMULS = (aten.mm.default, aten.addmm.default)
+_MATMULS = (aten.mm.default, aten.addmm.default, aten.mv.default)
+_CONSTANTS = {aten.new_zeros: 0, aten.new_ones: 1, aten.new_full: None}
 _TAKES_A_COLUMN = (aten.unbind.int, aten.select.int)
 _DROPS_THE_COLUMN = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)

@@ -37,16 +37,19 @@ def is_pointwise(op: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in op.tags or op in _POINTWISE_TOO
 
 
-_POINTWISE_TOO = {
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.floor_divide.default,
-    aten.floor_divide.Scalar,
-    aten.hardswish.default,
-}
+def _overloads(names: str) -> set[torch._ops.OpOverload]:
+    """The overloads of these names that this version of torch has."""
+    found = (name.split(".") for name in names.split())
+    packets = ((getattr(aten, packet, None), overload) for packet, overload in found)
+    return {getattr(p, overload) for p, overload in packets if p is not None and overload in p.overloads()}
+
+
+# Elementwise, but without the tag in some version from 2.11 to 2.13.
+_POINTWISE_TOO = _overloads(
+    "_to_copy.default clone.default detach.default alias.default lift_fresh_copy.default floor_divide.default "
+    "floor_divide.Scalar hardswish.default leaky_relu.default rsub.Tensor rsub.Scalar _prelu_kernel.default "
+    "masked_fill.Tensor masked_fill.Scalar hypot.default"
+)
 
 
 def leaves(given: Any) -> list[Any]:
@@ -147,6 +150,12 @@ def _pad(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str |
     return None
 
 
+def _repeat(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
+    repeats = given["repeats"]
+    alike = len(repeats) == _rank(given["self"]) and isinstance(repeats[0], int) and repeats[0] == 1
+    return None if alike else f"`{op}` repeats the rows of an expert"
+
+
 def _batched(op: torch._ops.OpOverload, given: dict[str, Any], result: Any) -> str | None:
     if any(value.kind is not Kind.PER_ROW for value in (given["self"], given["mat2"])):
         return f"`{op}` of rows with something that is not one matrix for each row"
@@ -175,7 +184,7 @@ def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:
     along_dim = (
         "sum mean amax amin var std var_mean std_mean logsumexp _softmax _log_softmax cumsum cumprod "
         "linalg_vector_norm norm argmax argmin max min topk sort any all prod median "
-        "glu flip slice select split split_with_sizes chunk unbind narrow squeeze unfold"
+        "glu flip roll slice select split split_with_sizes chunk unbind narrow squeeze unfold"
     )
     rules: dict[str, Rule] = dict.fromkeys(along_dim.split(), _rows_in_front)
     rules |= dict.fromkeys(("view", "_unsafe_view", "reshape", "expand", "flatten", "unflatten"), _keeps_leading)
@@ -183,6 +192,7 @@ def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:
     constants = "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full"
     rules |= dict.fromkeys(constants.split(), _constant_rows)
     rules |= {"unsqueeze": _unsqueeze, "cat": _concatenate, "constant_pad_nd": _pad, "bmm": _batched}
+    rules |= {"stack": _concatenate, "repeat": _repeat}
     return {getattr(aten, name): rule for name, rule in rules.items() if hasattr(aten, name)}
 
 
