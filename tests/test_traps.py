@@ -272,7 +272,7 @@ for _name, _make, _read in (
     refused("accumulator")(accumulating(_make, _read, _name))
 
 
-@refused("in place")
+@refused("more than once")
 def assigned_at_token(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):
@@ -319,7 +319,7 @@ def one_way_reads_a_view_of_what_another_adds(m, x, ids, weights):
     return out, second
 
 
-@refused("one row for each position")
+@right()
 def added_with_a_factor(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):
@@ -600,12 +600,12 @@ def prints(m, x, expert, token):
     print("expert")
 
 
-@effect("in place|[Dd]ata.dependent")
+@effect("one row for each position|[Dd]ata.dependent")
 def counts_tokens_in_buffer(m, x, expert, token):
     m.counts[expert] += token.shape[0]
 
 
-@effect("in place")
+@effect("reads the accumulator")
 def counts_in_buffer(m, x, expert, token):
     m.steps.add_(1)
 
@@ -615,7 +615,7 @@ def replaces_buffer(m, x, expert, token):
     m.steps = m.steps + 1
 
 
-@effect("in place|[Dd]ata.dependent")
+@effect("reads the accumulator|[Dd]ata.dependent")
 def marks_expert_in_buffer(m, x, expert, token):
     m.counts[expert] = 1
 
@@ -626,7 +626,7 @@ def scales_weight(m, x, expert, token):
         m.up[expert].mul_(2)
 
 
-@effect("in place")
+@effect("reads the accumulator")
 def scales_rows_of_input(m, x, expert, token):
     x[token] *= 2
 
@@ -801,7 +801,7 @@ def left_by_exception(m, x, ids, weights):
     return out
 
 
-@refused("[Dd]ata-dependent")
+@refused("left before it is exhausted|[Dd]ata-dependent")
 def break_on_data(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):
@@ -813,7 +813,7 @@ def break_on_data(m, x, ids, weights):
     return out
 
 
-@refused("[Dd]ata-dependent")
+@refused("acts on all dimensions|[Dd]ata-dependent")
 def continue_on_data(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):
@@ -825,7 +825,7 @@ def continue_on_data(m, x, ids, weights):
     return out
 
 
-@refused("not proved")
+@refused("selected among them|not proved")
 def continue_without_strong_weights(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):

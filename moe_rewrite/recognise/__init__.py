@@ -36,6 +36,7 @@ from moe_rewrite.recognise.origins import origin_of
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
+from moe_rewrite.recognise.rows_first import rows_first
 from moe_rewrite.recognise.selection import Selection
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
@@ -180,9 +181,11 @@ def _sources(program: RowProgram, region: Region, inputs: list[fx.Node]) -> tupl
 
 def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], masks: list[fx.Node], begin: fx.Node) -> fx.GraphModule:
     try:
-        return retrace(nodes, inputs, masks, begin)
+        gm = retrace(nodes, inputs, masks, begin)
     except Exception as error:
         raise Refused(f"the body cannot be traced to ATen operators: {type(error).__name__}: {error}") from error
+    rows_first(gm)
+    return gm
 
 
 def _loop(
