@@ -504,6 +504,11 @@ BODIES: dict[str, tuple[Callable[[Experts, Tensor, Tensor], Tensor], int]] = {
     "reversed difference": (_activation(lambda y: 1 - y), 2),
     "masked_fill with a tensor": (_activation(lambda y: y.masked_fill(y < 0, torch.full((), 0.1, dtype=y.dtype))), 2),
     "changed in place": (_in_place, 2),
+    "einsum": (lambda m, y, e: torch.einsum("th,hi->ti", y, m.mix[e]), 1),
+    "einsum, transposed": (lambda m, y, e: torch.einsum("th,ih->ti", y, m.mix[e]), 1),
+    "bmm": (lambda m, y, e: torch.bmm(y.unsqueeze(0), m.mix[e].unsqueeze(0)).squeeze(0), 1),
+    "in front of it one": (lambda m, y, e: (F.linear(y[None], m.mix[e]).softmax(-1) * m.norm[e])[0], 1),
+    "viewed as one": (lambda m, y, e: F.silu(F.linear(y.view(1, -1, HIDDEN), m.mix[e])).view(-1, HIDDEN), 1),
     "dropout in eval": (lambda m, y, e: F.dropout(y @ m.mix[e], 0.5, training=False), 1),
 }
 
@@ -539,7 +544,15 @@ def _weights_before_the_product(m, x, ids, weights, expert, slot, token):
     return m.expert(x[token] * weights[token, slot].unsqueeze(-1), expert)
 
 
-POSITIONS = {loop.__name__: loop for loop in (_reads_by_token, _uses_slot_and_token, _weights_before_the_product)}
+@loop_over
+def _reads_with_a_dimension_of_one(m, x, ids, weights, expert, slot, token):
+    return m.expert(x[None, token].reshape(-1, HIDDEN), expert) * weights[token, slot, None]
+
+
+POSITIONS = {
+    loop.__name__: loop
+    for loop in (_reads_with_a_dimension_of_one, _reads_by_token, _uses_slot_and_token, _weights_before_the_product)
+}
 
 
 @parametrised(POSITIONS)
@@ -581,6 +594,23 @@ def _rows_with_each_other(m, x, ids, weights, expert, slot, token):
 def _rows_repeated(m, x, ids, weights, expert, slot, token):
     rows = m.expert(x[token], expert)
     return rows.repeat(2, 1)[: token.shape[0]]
+
+
+@loop_over
+def _softmax_over_rows_behind(m, x, ids, weights, expert, slot, token):
+    return F.linear(x[None, token], m.weight[expert]).softmax(1)[0]
+
+
+@loop_over
+def _rows_turned(m, x, ids, weights, expert, slot, token):
+    return F.linear(x[None, token], m.weight[expert]).expand(2, -1, -1).mean(0)
+
+
+@loop_over
+def _in_place_behind(m, x, ids, weights, expert, slot, token):
+    rows = F.linear(x[None, token], m.weight[expert])
+    rows += m.bias[expert]
+    return rows[0]
 
 
 @loop_over
@@ -679,6 +709,9 @@ REFUSALS: dict[str, tuple[Callable[..., Tensor], str]] = {  # name: (loop, in th
     "rows reversed": (_rows_reversed, "`aten.flip.default` acts along the rows of an expert"),
     "rows with each other": (_rows_with_each_other, "the rows of an expert"),
     "rows repeated": (_rows_repeated, "rows"),
+    "softmax over rows behind": (_softmax_over_rows_behind, "another dimension than the first"),
+    "rows turned": (_rows_turned, "another dimension than the first"),
+    "in place behind": (_in_place_behind, "rows are not in the first dimension"),
     "rows stacked": (_rows_stacked, "with each other"),
     "number of rows": (_number_of_rows, "number of rows"),
     "order of the rows": (_order_of_the_rows, "number of rows"),

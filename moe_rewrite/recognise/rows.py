@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from moe_rewrite import markers
 from moe_rewrite.loop import Kind, Place, Primitive, Step, Value
 from moe_rewrite.recognise import rules
 from moe_rewrite.recognise.effects import Effects, Special
+from moe_rewrite.recognise.leading import PERMUTES, RESHAPES, Behind, operator_behind, rearranged
 from moe_rewrite.recognise.membership import is_index_number, meanings
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.selection import Selection
@@ -89,11 +90,18 @@ class RowProgram:
         self.steps.append(Step(value, op, args, kwargs))
         return value
 
-    def extra_step(self, name: str, kind: Kind, example: Any, op: Any, *args: Any) -> Value:
+    def extra_step(self, name: str, kind: Kind, example: Any, op: Any, *args: Any, **kwargs: Any) -> Value:
         """Add a step that no node of the body stands for."""
         value = Value(f"{name}_{len(self.steps)}", kind, example)
-        self.steps.append(Step(value, op, args))
+        self.steps.append(Step(value, op, args, kwargs))
         return value
+
+    def taken_apart(self, together: Value, wrap: Callable[[Value], Any]) -> tuple[Any, ...]:
+        """The results of a step that has several."""
+        parts = enumerate(together.example)
+        return tuple(
+            wrap(self.extra_step("part", together.kind, example, operator.getitem, together, i)) for i, example in parts
+        )
 
     def _python_function(self, node: fx.Node) -> Any:
         args = fx.map_arg(node.args, lambda n: self.values[n])
@@ -233,10 +241,14 @@ class RowProgram:
         given = rules.arguments(op, args, kwargs)
         if any(isinstance(leaf, Special) for leaf in rules.leaves(given)):
             return self.effects.operator(node, op, given)
+        if op._schema.is_mutable and any(isinstance(leaf, Behind) for leaf in rules.leaves(given)):
+            raise Refused(f"`{op}` changes a tensor in place whose rows are not in the first dimension", node)
         if op._schema.is_mutable:
             return self.effects.mutation(node, op, given)
         if rules.is_random(op):
             raise Refused("random numbers in the body: each expert draws its own in eager", node)
+        if any(isinstance(leaf, Behind) for leaf in rules.leaves(given)):
+            return operator_behind(self, node, op, given)
         kinds = {value.kind for value in rules.tensors(given)}
         if op is aten.index.Tensor and self.effects.is_accumulator(node.args[0]):
             return self.effects.reading(node, given)
@@ -263,12 +275,16 @@ class RowProgram:
         if op in (aten.index.Tensor, aten.index_select.default, aten.embedding.default):
             return self._gather(node, op, given)
         if _depends_on_row_count(node.meta["val"]):
+            moves = op in (*RESHAPES, *PERMUTES) and isinstance(given["self"], Value)
+            behind = rearranged(self, node, op, given["self"]) if moves else None
+            if behind is not None:
+                return behind
             raise Refused(f"`{op}` pairs the rows of an expert with each other", node)
         numbers = {value.kind for value in rules.tensors(given) if is_number(value)}
         if Kind.PER_ROW in numbers and op.overloadpacket not in rules.RESHAPES:
             raise Refused("the body computes with the number of rows", node)
         if rules.is_pointwise(op):
-            return self._pointwise(node, op, given, args, kwargs)
+            return self.pointwise(node, op, given, args, kwargs, node.meta["val"])
         if op.overloadpacket in _CONSTANTS and all(isinstance(size, int) for size in node.meta["val"].shape):
             fill = given.get("fill_value", _CONSTANTS[op.overloadpacket])
             if not isinstance(fill, Value):
@@ -285,8 +301,11 @@ class RowProgram:
             raise Refused(reason, node)
         return self.step(node, Kind.PER_ROW, op, *args, **kwargs)
 
-    def _pointwise(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Value:
-        rank = node.meta["val"].dim()
+    def pointwise(
+        self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any, example: torch.Tensor
+    ) -> Value:
+        """The step of an elementwise operator, with what has no rows aligned with those that ``example`` has."""
+        rank = example.dim()
         if any(value.kind is Kind.PER_EXPERT and is_number(value) for value in rules.tensors(given)):
             lifted = rules.taking_tensors(op)
             if lifted is None or node.meta["val"].dtype in (torch.float16, torch.bfloat16):
@@ -308,7 +327,9 @@ class RowProgram:
                 raise Refused(f"`{op}` combines the rows, by their order, with something that is not rows", node)
             return value
 
-        result = self.step(node, Kind.PER_ROW, op, *map(aligned, args), **{k: aligned(v) for k, v in kwargs.items()})
+        aligned_kwargs = {name: aligned(value) for name, value in kwargs.items()}
+        result = Value(node.name, Kind.PER_ROW, example)
+        self.steps.append(Step(result, op, tuple(map(aligned, args)), aligned_kwargs))
         self._follow_place(result, op, given)
         return result
 
@@ -373,12 +394,16 @@ class RowProgram:
         return self.step(node, Kind.PER_ROW, aten.squeeze.dim, product, 1)
 
     def _product(self, node: fx.Node, rows: Value, weight: Value, name: str | None = None) -> Value:
+        return self.product(name or node.name, node.meta["val"], rows, weight)
+
+    def product(self, name: str, example: Any, rows: Value, weight: Value) -> Value:
+        """The step of rows ``[rows, K]`` times a matrix ``[K, N]``."""
         op = Primitive.MATMUL if weight.kind is Kind.PER_EXPERT else aten.mm.default
-        value = Value(name or node.name, Kind.PER_ROW, node.meta["val"])
+        value = Value(name, Kind.PER_ROW, example)
         self.steps.append(Step(value, op, (rows, weight)))
         return value
 
-    def _gather(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value:
+    def _gather(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value | Behind:
         """``source[token]``: each row reads at its own position of something that is no row."""
         source = given["self"] if "self" in given else given["weight"]
         if self._keeps_rows(op, given, source):
@@ -399,7 +424,7 @@ class RowProgram:
         if op is aten.index_select.default and given["dim"] % source.example.dim() != 0:
             raise Refused(f"`{op}` puts the rows in another dimension than the first", node)
         if op is aten.index.Tensor and indices[0] is None:
-            raise Refused(f"`{op}` puts the rows in another dimension than the first", node)
+            return self._gather_behind(node, source, indices)
         if op is aten.index.Tensor and any(index is None for index in indices[: len(positions)]):
             raise Refused(f"`{op}` with indices that are not side by side", node)
         if source.kind is Kind.PER_EXPERT:
@@ -408,6 +433,18 @@ class RowProgram:
             return self.step(node, Kind.PER_ROW, op, source, indices)
         rest = [given["dim"], given["index"]] if op is aten.index_select.default else [given["indices"]]
         return self.step(node, Kind.PER_ROW, op, source, *rest)
+
+    def _gather_behind(self, node: fx.Node, source: Value, indices: list[Any]) -> Behind:
+        """``source[None, token]``, with ``None`` for dimensions of size 1."""
+        leading = next(dim for dim, index in enumerate(indices) if index is not None)
+        own = indices[leading:]
+        if not all(map(is_one, source.example.shape[:leading])) or source.kind is not Kind.INVARIANT or None in own:
+            raise Refused(f"`{node.target}` puts the rows in another dimension than the first", node)
+        for _ in range(leading):
+            example = source.example.select(0, 0)
+            source = self.extra_step("entry", Kind.INVARIANT, example, aten.select.int, source, 0, 0)
+        rows = node.meta["val"].new_empty(*node.meta["val"].shape[leading:])
+        return Behind(self.extra_step(node.name, Kind.PER_ROW, rows, aten.index.Tensor, source, own), leading)
 
     def _keeps_rows(self, op: Any, given: dict[str, Any], source: Value) -> bool:
         """Whether entries of each row are picked by an index that is the same for all: ``rows[:, index]``."""
