@@ -117,6 +117,15 @@ BY_NAME.append(hits_that_pick_by_name)
 
 
 @form
+def rows_of_one_expert_keep_a_dimension(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), mask_of(ids[:, :1])
+    for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[expert].squeeze(0))  # [1, 1, T]: without the first dimension, [1, T]
+        out.index_add_(0, token, m.experts[expert](x[token]) * weights[token, slot, None])
+    return out
+
+
+@form
 def enumerated_with_indexed_add(m, x, ids, weights):
     results = torch.zeros_like(x)
     for i, expert in enumerate(m.experts):

@@ -434,9 +434,9 @@ def condition_on(variable: Any, number: Any) -> Callable[[int], bool] | None:
     """
     condition = getattr(getattr(variable.sym_num, "node", None), "expr", None)
     symbol = number.sym_num.node.expr
-    if condition is None or not condition.is_Boolean or condition.free_symbols != {symbol}:
+    if not isinstance(variable.sym_num, torch.SymBool) or getattr(condition, "free_symbols", None) != {symbol}:
         return None
-    return lambda value: bool(condition.subs(symbol, value))
+    return lambda value: bool(condition.subs(symbol, value))  # type: ignore[union-attr]
 
 
 def narrow(number: Any, low: int, high: int) -> None:

@@ -162,12 +162,12 @@ def _is_full_slice(variable: Any) -> bool:
 
 
 def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
-    """``container[..., index, ...]``; None where the loop's index is not among the keys.
+    """``container[..., index, ...]``; None where the loop's index, as a number or a 0-dim tensor, is not among the keys.
 
-    An index of no dimensions picks from its own dimension before the other keys are looked at, as an integer does.
+    Such an index picks from its own dimension before the other keys are looked at, as an integer does.
     """
     keys = list(key.items) if dynamo.is_tuple(key) else [key]
-    places = [place for place, item in enumerate(keys) if loop.is_index(item)]
+    places = [place for place, item in enumerate(keys) if loop.is_index(item) and getattr(item, "ndim", 0) == 0]
     if not places:
         return None
     if len(places) > 1:

@@ -24,7 +24,7 @@ def hit_mask(hits: fx.Node) -> fx.Node | None:
         if is_written_to(node) or is_written_to(source):
             return None
         if name in ("nonzero", "argwhere"):
-            plain = len(node.args) == 1 and not node.kwargs
+            plain = len(node.args) == 1 and node.kwargs in ({}, {"as_tuple": False})
             return source if plain and _is_mask_of_known_length(source) else None
         if name in _KEEPS_ROWS or (name == "getitem" and _is_first_column(node.args[1])):
             node = source
