@@ -22,7 +22,7 @@ from torch._dynamo.variables import (
     TupleVariable,
     UnspecializedNNModuleVariable,
 )
-from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import ZipVariable
@@ -234,3 +234,8 @@ def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], 
         return None
     known = [None if is_index(part) else part.as_python_constant() for part in parts]
     return lambda index: form.format(*(index if part is None else part for part in known))
+
+
+def list_of(variable: Any) -> Any:
+    """``[variable]``. torch 2.11, 2.13."""
+    return ListVariable([variable], mutation_type=ValueMutationNew())

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from moe_rewrite.capture import dynamo, dynamo_modules, static
 from moe_rewrite.capture.index import subscript, truth
+from moe_rewrite.capture.lists import NumbersOfTensor, is_tally
 from moe_rewrite.capture.modules import pick
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
@@ -33,7 +34,9 @@ class FrameCapture:
         tx: the translator of the root frame.
         session: what the compiler backend knows of the frame; it answers which experts backend is configured.
         refusals: why the frame is traced as stock, one for each loop that was refused; empty while loops are rolled.
+        plain_lists: whether ``tensor.tolist()`` is a list of numbers at once.
         unrolled: the ``for`` statements of known length that are not rolled, as they turned out to be something else.
+        deferred: whether some ``tensor.tolist()`` was not read yet.
         widened: whether the graph may hold data-dependent shapes only because its loops are rolled.
         loops: the loops whose body is being traced.
         rolled: all loops that were rolled, by path and location.
@@ -45,6 +48,8 @@ class FrameCapture:
     refusals: list[Refusal]
     unrolled: frozenset[Any]
     widened: bool
+    plain_lists: bool = False
+    deferred: bool = False
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
     rolled: dict[tuple[str, str], RolledIterator] = dataclasses.field(default_factory=dict)
     tables: dict[int, tuple[Any, str]] = dataclasses.field(default_factory=dict)
@@ -98,6 +103,18 @@ class FrameCapture:
             log.moe_rewrite_refusals = [*self.refusals, *refusals]
         raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {'; '.join(map(str, refusals))}")
 
+    def restart_with_plain_lists(self) -> NoReturn:
+        """Trace the frame again with ``tensor.tolist()`` as Dynamo has it."""
+        log = self.tx.speculation_log
+        log.clear()
+        log.moe_rewrite_plain_lists = True
+        raise dynamo.RestartFrame(restart_reason="moe_rewrite: a list of a tensor's numbers is read")
+
+    @property
+    def rolls(self) -> bool:
+        """Whether loops are rolled in this frame."""
+        return not self.refusals or bool(self.tx.one_graph)
+
     def table(self, tx: Any, pack: Any, name: str) -> Any:
         """The variable of the table that holds the alike modules' parameters called ``name``."""
         tensor = pack.table(name)
@@ -130,13 +147,16 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         refusals = getattr(tx.speculation_log, "moe_rewrite_refusals", [])
         unrolled: frozenset[Any] = getattr(tx.speculation_log, "moe_rewrite_unrolled", frozenset())
         stock = bool(refusals) and not tx.one_graph
+        plain_lists = getattr(tx.speculation_log, "moe_rewrite_plain_lists", False)
         widened = not stock and dynamo.allow_data_dependent_shapes(tx.output)
         outer = current()
-        _active.capture = capture = FrameCapture(tx, session, refusals, unrolled, widened)
+        _active.capture = capture = FrameCapture(tx, session, refusals, unrolled, widened, plain_lists)
         try:
             with dynamo.same_scope_after():
                 return original(tx)
         except dynamo.DYNAMO_ERRORS as error:
+            if capture.deferred:
+                capture.restart_with_plain_lists()
             reason = _reason(error)
             if capture.loops:
                 capture.loops[-1].refuse(f"Dynamo cannot trace the body: {reason}")
@@ -150,6 +170,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
     dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
+    dynamo.wrap_method(dynamo.TensorVariable, "method_tolist", _to_list)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "GET_ITER", _get_iterator)
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
     dynamo.wrap_opcodes(_formats_value, _format_value)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SUBSCR", _subscript)
@@ -168,16 +190,53 @@ def _tracing(tx_output: Any) -> FrameCapture | None:
 
 def _iterate_tensor(original: Callable[..., Any], hits: Any, tx: Any) -> Any:
     """``iter(tensor)``: roll the loop when the rows are the positions set in a mask of known length."""
+    capture = _rolling(tx)
+    loop = None if capture is None else _over_hits(tx, capture, hits)
+    return original(hits, tx) if loop is None else loop
+
+
+def _rolling(tx: Any) -> FrameCapture | None:
+    """The capture of the frame that ``tx`` traces, if loops are rolled in it."""
     capture = current()
-    if capture is None or capture.tx.output is not tx.output or (capture.refusals and not tx.one_graph):
-        return original(hits, tx)
+    return capture if capture is not None and capture.tx.output is tx.output and capture.rolls else None
+
+
+def _to_list(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
+    """``tensor.tolist()``: read later, where a loop over experts may iterate it or pick from it."""
+    capture = _rolling(tx)
+    if capture is None or capture.plain_lists or capture.loops:
+        return original(tensor, tx)
+    node = tensor.as_proxy().node
+    if hit_mask(node) is None and not is_tally(node):
+        return original(tensor, tx)
+    capture.deferred = True
+    return NumbersOfTensor(capture, tensor)
+
+
+def _get_iterator(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``for expert in hits.tolist():``"""
+    numbers = tx.stack[-1] if tx.stack else None
+    if not isinstance(numbers, NumbersOfTensor):
+        return original(tx, instruction)
+    loop = _over_hits(tx, numbers.frame, numbers.tensor, static.number_of_row)
+    if loop is None:
+        numbers.frame.restart_with_plain_lists()
+    tx.stack[-1] = loop
+    return None
+
+
+def _over_hits(tx: Any, capture: FrameCapture, hits: Any, item: Any = None) -> RolledIterator | None:
+    """The rolled loop over the rows of ``hits``; None where they are not the positions set in a mask.
+
+    ``item`` is what it yields for a row, if not the row itself.
+    """
     node = hits.as_proxy().node
     mask = hit_mask(node)
     if mask is None:
-        return original(hits, tx)
+        return None
     path, location = capture.session.full_path(module_path(node)), dynamo.user_location(tx)
     _report_refused(capture, path, location)
-    loop = RolledIterator(hits, range(example_value(mask).shape[0]), capture, path, location)
+    loop = RolledIterator(hits, range(example_value(mask).shape[0]), capture, path, location, item)
     capture.rolled[path, location] = loop
     if capture.session.leaves_alone(path):
         loop.refuse("experts backend 'eager' is configured for it")
@@ -223,12 +282,16 @@ def _take_truth(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
 def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     """``tensor[..., index, ...]`` in a body, for the index as a Python number."""
     capture = _tracing(tx.output)
-    if capture is not None and isinstance(tx.stack[-2].realize(), dynamo.TensorVariable):
-        selected = subscript(tx, capture.loops[-1], tx.stack[-2].realize(), tx.stack[-1].realize())
-        if selected is not None:
-            tx.stack[-2:] = [selected]
-            return None
-    return original(tx, instruction)
+    container, key = (tx.stack[-2].realize(), tx.stack[-1].realize()) if capture is not None else (None, None)
+    selected = None
+    if capture is not None and isinstance(container, dynamo.TensorVariable):
+        selected = subscript(tx, capture.loops[-1], container, key)
+    elif capture is not None and isinstance(container, NumbersOfTensor) and capture.loops[-1].is_index(key):
+        selected = container.at_index(tx, capture.loops[-1])
+    if selected is None:
+        return original(tx, instruction)
+    tx.stack[-2:] = [selected]
+    return None
 
 
 def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
@@ -305,7 +368,7 @@ def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None
     out here; others are tried, and the frame is traced again where that fails.
     """
     site = dynamo.loop_site(tx)
-    if (capture.refusals and not tx.one_graph) or site in capture.unrolled or dynamo.is_of_torch(tx):
+    if not capture.rolls or site in capture.unrolled or dynamo.is_of_torch(tx):
         return None
     path = capture.session.full_path(clean_path(dynamo.module_stack_path(tx)))
     location = dynamo.user_location(tx)

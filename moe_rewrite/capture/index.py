@@ -162,7 +162,7 @@ def _is_full_slice(variable: Any) -> bool:
 
 
 def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
-    """``container[..., index, ...]``; None where the loop's index, as a number or a 0-dim tensor, is not among the keys.
+    """``container[..., index, ...]`` for the loop's index as a number or a 0-dim tensor; None if it is not a key.
 
     Such an index picks from its own dimension before the other keys are looked at, as an integer does.
     """

@@ -1,14 +1,19 @@
-"""Lists that the body of a rolled loop appends to: ``outputs.append(expert(x))``, once for each expert."""
+"""Lists at the edge of a rolled loop: those that its body appends to, and those that are a tensor's numbers."""
 
 from __future__ import annotations
 
 import operator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+import torch
+from torch import fx
+
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.nodes import example_value, first_input, operation
 
 if TYPE_CHECKING:
+    from moe_rewrite.capture.frames import FrameCapture
     from moe_rewrite.capture.rolled import RolledIterator
 
 
@@ -47,3 +52,44 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         for i in range(len(self.loop.values)):
             item = dynamo_modules.compute(tx, operator.getitem, collected, i)
             self.original.call_method(tx, "append", [item], {})
+
+
+class NumbersOfTensor(dynamo.VariableTracker):  # type: ignore[misc]
+    """``tensor.tolist()``, not read yet: a rolled loop iterates it, or picks from it by its index.
+
+    For anything else the frame is traced again with the list as Dynamo makes it.
+    """
+
+    _nonvar_fields: ClassVar[set[str]] = {"frame", *dynamo.VariableTracker._nonvar_fields}
+
+    def __init__(self, frame: FrameCapture, tensor: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.frame = frame
+        self.tensor = tensor
+
+    def python_type(self) -> type:
+        return list
+
+    def at_index(self, tx: Any, loop: RolledIterator) -> Any:
+        """The number at the index of ``loop``, as a 0-dim tensor."""
+        index = loop.path.index.as_scalar(tx).as_proxy()  # type: ignore[union-attr]
+        return dynamo_modules.put_in_graph(tx, markers.select, self.tensor.as_proxy(), 0, index)
+
+    def _read(self, *_: Any, **__: Any) -> NoReturn:
+        self.frame.restart_with_plain_lists()
+
+    call_method = call_function = as_proxy = reconstruct = unpack_var_sequence = _read
+    var_getattr = call_obj_hasattr = has_unpack_var_sequence = force_unpack_var_sequence = _read
+
+
+def is_tally(node: fx.Node) -> bool:
+    """Whether a tensor of integers counts things, as tokens for each expert are counted."""
+    value = example_value(node)
+    integers = isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype in (torch.int64, torch.int32)
+    source: fx.Node | None = node
+    while integers and source is not None:
+        name = operation(source)
+        if name in ("bincount", "histc", "sum"):
+            return True
+        source = first_input(source) if name in ("cpu", "to", "long", "int", "detach", "contiguous") else None
+    return False

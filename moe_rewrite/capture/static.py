@@ -166,3 +166,9 @@ def lists(tx: Any) -> tuple[str, ...]:
     values = dynamo.local_variables(tx)
     names = dict.fromkeys(dynamo.appended_to(dynamo.loop_body(tx)))
     return tuple(name for name in names if name in values and dynamo_modules.is_list(values[name]))
+
+
+def number_of_row(tx: Any, loop: Any) -> Any:
+    """What ``hits.tolist()`` holds for a row of ``hits``: a number, or a list of one for rows of one."""
+    number = loop.path.index.as_number(tx)
+    return number if loop.path.index.ndim == 0 else dynamo_modules.list_of(number)
