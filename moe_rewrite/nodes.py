@@ -111,3 +111,36 @@ def standalone_code(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> str:
         env[node] = graph.node_copy(node, lambda n: env[n])
     code: str = graph.python_code("self").src
     return re.sub(r";  (\w+ = )+None", "", code).strip() + "\n"
+
+
+def rows_of(nodes: Sequence[fx.Node]) -> fx.Node | None:
+    """The tensor of which ``nodes`` are the rows, each once and in order; None where they are something else.
+
+    They may come from indexing, ``unbind``, or ``chunk`` and ``squeeze``.
+    """
+    found = [_row_of(node) for node in nodes]
+    whole = found[0][0] if found and found[0] is not None else None
+    if whole is None or any(entry != (whole, i) for i, entry in enumerate(found)):
+        return None
+    return whole if example_value(whole).shape[0] == len(nodes) else None
+
+
+def _row_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """``(tensor, i)`` where a node is ``tensor[i]``."""
+    chunked = operation(node) == "squeeze" and (*node.args[1:], *node.kwargs.values()) == (0,)
+    node = first_input(node) or node if chunked else node
+    source = first_input(node)
+    if operation(node) != "getitem" or source is None or type(node.args[1]) is not int:
+        return None
+    if isinstance(example_value(source), torch.Tensor):
+        return None if chunked or is_written_to(source) else (source, node.args[1])
+    whole = first_input(source)
+    value = example_value(whole) if whole is not None else None
+    if whole is None or not isinstance(value, torch.Tensor) or is_written_to(whole):
+        return None
+    given = (*source.args[1:], *source.kwargs.values())
+    name, count = operation(source), len(example_value(source))
+    apart = (name == "unbind" and given in ((), (0,)) and not chunked) or (
+        name in ("chunk", "split") and given[1:] in ((), (0,)) and chunked and value.shape[0] == count
+    )
+    return (whole, node.args[1]) if apart else None

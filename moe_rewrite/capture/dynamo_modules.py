@@ -6,12 +6,11 @@ The rest is in ``dynamo.py``; the same holds here: private API, each use with th
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.polyfills import builtins as builtins_polyfill
 from torch._dynamo.source import GlobalSource
@@ -31,6 +30,8 @@ from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVar
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._guards import Guard
+
+from moe_rewrite.nodes import rows_of
 
 __all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
 
@@ -92,17 +93,17 @@ def tuple_items(variable: Any) -> list[Any] | None:
     return list(variable.items) if type(variable) is TupleVariable else None
 
 
-def tensor_of_rows(tx: Any, items: list[Any]) -> Any:
+def tensor_of_rows(items: list[Any]) -> Any:
     """The proxy of the tensor whose rows, in order, are ``items``; None for other items. torch 2.11, 2.13."""
-    if not all(type(item) is TensorVariable for item in items):
+    if not items or not all(type(item) is TensorVariable for item in items):
         return None
-    nodes = [item.as_proxy().node for item in items]
-    whole = nodes[0].args[0] if nodes[0].args else None
-    if not isinstance(whole, fx.Node) or not isinstance(whole.meta.get("example_value"), torch.Tensor):
-        return None
-    if any(node.target is not operator.getitem or node.args != (whole, i) for i, node in enumerate(nodes)):
-        return None
-    return items[0].as_proxy().tracer.proxy(whole) if whole.meta["example_value"].shape[0] == len(items) else None
+    whole = rows_of([item.as_proxy().node for item in items])
+    return None if whole is None else items[0].as_proxy().tracer.proxy(whole)
+
+
+def sequence_items(variable: Any) -> list[Any] | None:
+    """The items of a list or a tuple that the traced code does not see change. torch 2.11, 2.13."""
+    return list(variable.items) if type(variable) in (ListVariable, TupleVariable) else None
 
 
 def put_in_graph(tx: Any, op: torch._ops.OpOverload, *args: Any) -> Any:

@@ -288,6 +288,8 @@ def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
         selected = subscript(tx, capture.loops[-1], container, key)
     elif capture is not None and isinstance(container, NumbersOfTensor) and capture.loops[-1].is_index(key):
         selected = container.at_index(tx, capture.loops[-1])
+    elif capture is not None and capture.loops[-1].is_index(key):
+        selected = static.pick_row(tx, capture.loops[-1], dynamo_modules.sequence_items(container))
     if selected is None:
         return original(tx, instruction)
     tx.stack[-2:] = [selected]

@@ -167,6 +167,7 @@ def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     Such an index picks from its own dimension before the other keys are looked at, as an integer does.
     """
     keys = list(key.items) if dynamo.is_tuple(key) else [key]
+    keys = [_as_number_for_each(tx, item, keys) for item in keys]
     places = [place for place, item in enumerate(keys) if loop.is_index(item) and getattr(item, "ndim", 0) == 0]
     if not places:
         return None
@@ -183,6 +184,23 @@ def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     selected = dynamo.call_in_graph(tx, markers.select, [container, dim, scalar])
     rest = [_plain(item) for item in keys[:place] + keys[place + 1 :]]
     return selected if all(map(_is_full_slice, rest)) else dynamo.index(tx, selected, rest)
+
+
+def _as_number_for_each(tx: Any, key: Any, keys: list[Any]) -> Any:
+    """An index ``[1]`` beside positions ``[R]`` is the same number for each of them; other keys as they are."""
+    if not isinstance(key, ExpertIndexVariable) or key.ndim == 0:
+        return key
+    others = [other for other in keys if other is not key]
+    while others and others[-1].is_python_constant() and others[-1].as_python_constant() is None:
+        others.pop()
+    beside = others and all(
+        isinstance(other, dynamo.TensorVariable)
+        and not isinstance(other, ExpertIndexVariable)
+        and other.ndim == 1
+        and other.dtype in (torch.int64, torch.int32)
+        for other in others
+    )
+    return key.as_scalar(tx) if beside else key
 
 
 def _dims(key: Any) -> int | None:

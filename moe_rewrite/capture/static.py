@@ -85,7 +85,7 @@ def elements(tx: Any, iterator: Any) -> Elements | None:
         pair = None if not parts or any(part is None for part in parts) else Tuple(tuple(filter(None, parts)))
         return pair if pair is not None and pair.even else None
     items = dynamo_modules.items_left(iterator)
-    return None if not items else _of_items(tx, items)
+    return None if not items else _of_items(items)
 
 
 def _of_iterable(tx: Any, iterable: Any) -> Elements | None:
@@ -103,15 +103,15 @@ def _rows(tensor: Any) -> Rows | None:
     return Rows(tensor, shape[0]) if len(shape) and isinstance(shape[0], int) and shape[0] else None
 
 
-def _of_items(tx: Any, items: list[Any]) -> Elements | None:
+def _of_items(items: list[Any]) -> Elements | None:
     modules = ExpertModules.of_items(items)
     if modules is not None:
         return modules
     tuples = [dynamo_modules.tuple_items(item) for item in items]
     if all(entry is not None and len(entry) == len(tuples[0] or ()) for entry in tuples):
-        parts = [_of_items(tx, list(column)) for column in zip(*tuples, strict=True)]  # type: ignore[arg-type]
+        parts = [_of_items(list(column)) for column in zip(*tuples, strict=True)]  # type: ignore[arg-type]
         return None if any(part is None for part in parts) else Tuple(tuple(filter(None, parts)))
-    tensor = dynamo_modules.tensor_of_rows(tx, items)
+    tensor = dynamo_modules.tensor_of_rows(items)
     if tensor is not None:
         return _rows(tensor)
     numbers = [dynamo_modules.python_number(item) for item in items]
@@ -172,3 +172,10 @@ def number_of_row(tx: Any, loop: Any) -> Any:
     """What ``hits.tolist()`` holds for a row of ``hits``: a number, or a list of one for rows of one."""
     number = loop.path.index.as_number(tx)
     return number if loop.path.index.ndim == 0 else dynamo_modules.list_of(number)
+
+
+def pick_row(tx: Any, loop: Any, items: list[Any] | None) -> Any:
+    """``items[index]`` of a list that holds the rows of a tensor; None for other lists."""
+    tensor = dynamo_modules.tensor_of_rows(items or [])
+    rows = None if tensor is None else _rows(tensor)
+    return None if rows is None else rows.at_index(tx, loop)

@@ -26,7 +26,7 @@ def hit_mask(hits: fx.Node) -> fx.Node | None:
         if name in ("nonzero", "argwhere"):
             plain = len(node.args) == 1 and node.kwargs in ({}, {"as_tuple": False})
             return source if plain and _is_mask_of_known_length(source) else None
-        if name in _KEEPS_ROWS or (name == "getitem" and _is_first_column(node.args[1])):
+        if name in _KEEPS_ROWS or (name == "getitem" and _keeps_rows(node.args[1])):
             node = source
         elif name == "getitem" and node.args[1] == 0 and _gives_a_tuple_of_positions(source):
             mask = first_input(source)
@@ -65,5 +65,6 @@ def _is_mask_of_known_length(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 1 and isinstance(value.shape[0], int)
 
 
-def _is_first_column(key: object) -> bool:
-    return isinstance(key, tuple) and len(key) == 2 and key[0] == slice(None) and key[1] == 0
+def _keeps_rows(key: object) -> bool:
+    """All rows, or the first column of them."""
+    return key in (slice(None), (slice(None),), (slice(None), 0))
