@@ -36,7 +36,6 @@ from moe_rewrite.recognise.origins import origin_of
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
-from moe_rewrite.recognise.rows_first import rows_first
 from moe_rewrite.recognise.selection import Selection
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
@@ -181,11 +180,9 @@ def _sources(program: RowProgram, region: Region, inputs: list[fx.Node]) -> tupl
 
 def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], masks: list[fx.Node], begin: fx.Node) -> fx.GraphModule:
     try:
-        gm = retrace(nodes, inputs, masks, begin)
+        return retrace(nodes, inputs, masks, begin)
     except Exception as error:
         raise Refused(f"the body cannot be traced to ATen operators: {type(error).__name__}: {error}") from error
-    rows_first(gm)
-    return gm
 
 
 def _loop(
