@@ -1,0 +1,1316 @@
+"""A grammar of experts loops: dispatch x rows x combine x storage, rendered as the modules that users write.
+
+:func:`programs` draws a :class:`Program`, :func:`source` renders it, and :func:`check` runs it in Python and compiled.
+A loop may be rewritten or refused with a reason; a result, a gradient or a side effect of its own is a :class:`Defect`.
+
+    python tests/generator.py --count 500 > docs/generated-loops.md       # the page on what is rewritten
+    python tests/generator.py --count 5000 --seed 7 --defects defects.md  # a long run; each defect made small
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import itertools
+import linecache
+import logging
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+HIDDEN, INNER = 4, 6
+
+# --- the grammar ------------------------------------------------------------------------------------------------------
+# The first of each is the plainest: that is where a failing program shrinks to.
+
+ROUTINGS = ("softmax", "given", "sigmoid", "argmax", "sorted", "dropped", "dropped to -1")
+"""Where ids and weights come from: arguments, or scores of the module, some of them dropped for being small."""
+GIVEN_IDS = ("distinct", "repeated", "one idle", "all on one", "sentinels", "negative")
+USUAL_TOKENS = (5, 9, 4, 5, 9, 9, 1, 0)
+
+HITS, RANGE, MODULES, ROWS = "hits", "range", "modules", "rows"
+LOOPS = (HITS, RANGE, MODULES, ROWS)
+"""``for e in mask.nonzero()``, ``range(E)``, ``enumerate(self.experts)``, ``enumerate(zip(self.w1, self.w2))``."""
+INDICES = ("e[0]", "flattened", "item", "int", "kept", "where", "unpacked")
+"""How one of the hits becomes an index."""
+
+LONG, MASK, COLUMNS, DENSE = "positions", "mask", "two columns", "all tokens"
+SELECTIONS = {
+    "where(mask[e])": LONG,
+    "where(ids == e)": LONG,
+    "nonzero(ids == e)": LONG,
+    "pairs // K": LONG,
+    "any(-1)": MASK,
+    "any(-1).nonzero()": LONG,
+    "threshold": MASK,
+    "threshold.nonzero()": LONG,
+    "expert choice": LONG,
+    "capacity": LONG,
+    "capacity mask": MASK,
+    "two columns": COLUMNS,
+    "dense by table": DENSE,
+    "dense by ids": DENSE,
+}
+SKIPS = ("none", "numel", "shape", "len", "not any", "expert 1", "effect")
+"""``continue`` for experts without rows, for one expert; ``effect`` is one that changes the result before."""
+
+COMBINES = {
+    LONG: (
+        "index_add_",
+        "out[t] +=",
+        "out[t] = out[t] +",
+        "index_put_",
+        "scatter_add_",
+        "index_add",
+        "scatter_add",
+        "out + zeros.index_add",
+        "cat",
+        "out[t] =",
+        "index_copy_",
+        "pairs[t] =",
+    ),
+    MASK: ("out[t] +=", "out[t] = out[t] +", "index_put_", "index_put", "masked_scatter", "out[t] ="),
+    COLUMNS: ("index_put_", "out[t] +=", "out[t] = out[t] +", "out[t] ="),
+    DENSE: ("out + y", "out += y", "add_", "stack", "list sum", "cat columns", "parts[:, e] =", "torch.add"),
+}
+STARTS = ("zeros", "new_zeros", "shared expert", "clone", "view of zeros", "columns of zeros", "float32", "x itself")
+
+STORAGES = (
+    "stacked",
+    "transposed",
+    "flat",
+    "ParameterList",
+    "ModuleList",
+    "ModuleDict",
+    "tied",
+    "numbered",
+)
+MODULE_STORAGES = STORAGES[4:]
+UNUSUAL_STORAGES = ("ParameterList", "tied", "numbered")
+"""Those that are known to be left."""
+
+STEPS = (
+    "linear",
+    "matmul",
+    "mm",
+    "einsum",
+    "addmm",
+    "gate chunk",
+    "gate interleaved",
+    "gate split",
+    "bias",
+    "silu",
+    "gelu",
+    "tanh",
+    "relu",
+    "quick gelu",
+    "layer_norm",
+    "rms_norm",
+    "normalize",
+    "softmax",
+    "residual",
+    "clamp",
+    "clamp_max",
+    "lora",
+    "scale",
+    "vector scale",
+    "heads",
+    "leaky where",
+    "rotate",
+    "position",
+    "router row",
+    "table of tokens",
+    "add_ to rows",
+    "mul_ rows",
+    "column written",
+    "negative written",
+    "squeeze",
+    "detach",
+    "outer",
+    "bmm",
+)
+NOT_SMOOTH = {"relu", "clamp", "clamp_max", "leaky where", "negative written"}
+"""Their gradients jump: in low precision eager itself is on the one or the other side."""
+TRAPS = (
+    "mean of rows",
+    "cumsum",
+    "first row",
+    "by number of rows",
+    "softmax of rows",
+    "largest of all",
+    "flipped",
+    "sorted",
+    "attention",
+    "reads accumulator",
+    "noise",
+    "dropout",
+    "input written",
+    "few rows",
+    "previous row",
+    "batch norm",
+)
+EXTRAS = (
+    "none",
+    "second accumulator",
+    "counts calls",
+    "notes sizes",
+    "counts in buffer",
+    "scale carried",
+    "rows used after",
+    "loss of rows",
+    "break",
+    "loss of weights",
+    "expert used after",
+)
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One loop, how it is compiled and what it is called with.
+
+    Attributes:
+        routing: one of ``ROUTINGS``.
+        given: what the ids are like where they are arguments.
+        experts: number of experts.
+        top_k: slots of a token.
+        tokens: how many tokens each call has, one after the other.
+        batched: whether the input is ``[B, S, H]``.
+        mask: the mask ``[E, K, T]`` is ``one_hot`` or compares with ``arange``.
+        loop: one of ``LOOPS``.
+        index: one of ``INDICES``, for hits.
+        selection: one of ``SELECTIONS``.
+        skip: one of ``SKIPS``.
+        steps: the row program: some of ``STEPS`` and ``TRAPS``.
+        called: how many of the first steps stand in the expert's ``forward``, where experts are modules.
+        weight: the routing weight is applied ``after`` the steps, ``before`` them or not at all (``none``).
+        combine: one of ``COMBINES``.
+        start: one of ``STARTS``.
+        storage: one of ``STORAGES``.
+        extra: one of ``EXTRAS``.
+        experts_backend: what it is rewritten to.
+        inner: the inner compiler.
+        dtype: one of ``DTYPES``.
+        grad: whether gradients are compared.
+    """
+
+    routing: str = "softmax"
+    given: str = "distinct"
+    experts: int = 4
+    top_k: int = 2
+    tokens: tuple[int, ...] = (5,)
+    batched: bool = False
+    mask: str = "one_hot"
+    loop: str = HITS
+    index: str = "e[0]"
+    selection: str = "where(mask[e])"
+    skip: str = "none"
+    steps: tuple[str, ...] = ("linear",)
+    called: int = 0
+    weight: str = "after"
+    combine: str = "index_add_"
+    start: str = "zeros"
+    storage: str = "stacked"
+    extra: str = "none"
+    experts_backend: str = "grouped_mm"
+    inner: str = "eager"
+    dtype: str = "float64"
+    grad: bool = True
+
+    @property
+    def has_modules(self) -> bool:
+        return self.storage in MODULE_STORAGES
+
+    @property
+    def position(self) -> str:
+        """What the selection gives: positions, a mask, two columns or all tokens."""
+        return SELECTIONS[self.selection]
+
+    @property
+    def takes_ids(self) -> bool:
+        return self.routing == "given"
+
+    @property
+    def in_range(self) -> bool:
+        """Whether all ids are of experts."""
+        return not self.routing.startswith("dropped") and not (
+            self.takes_ids and self.given in ("sentinels", "negative")
+        )
+
+    @property
+    def is_trap(self) -> bool:
+        return bool(set(self.steps) & set(TRAPS)) or self.extra in EXTRAS[2:] or self.skip == "effect"
+
+    def __str__(self) -> str:
+        """What differs from the plain program."""
+        plain = Program()
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
+        return f"Program({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+    def problem(self) -> str | None:
+        """What makes it no program at all; None for a good one."""
+        negative = self.routing == "dropped to -1" or (self.takes_ids and self.given == "negative")
+        rules = {
+            "one_hot of negative ids": negative and self.mask == "one_hot",
+            "argmax gives one": self.routing == "argmax" and self.top_k != 1,
+            "more slots than experts": self.top_k > self.experts,
+            "no scores": "threshold" in self.selection and self.dtype != "float64",
+            "combine": self.combine not in COMBINES[self.position],
+            "a loop over modules needs modules": self.loop == MODULES and not self.has_modules,
+            "a loop over rows needs stacked parameters": self.loop == ROWS and self.storage != "stacked",
+            "two columns are of batched input": self.position == COLUMNS and not self.batched,
+            "capacity or a table of sentinels": not self.in_range and self.selection in CAPACITY_OR_TABLE,
+            "scores are no arguments": self.dtype != "float64"
+            and (not self.takes_ids or self.selection == "expert choice"),
+            "a jump in low precision": self.dtype != "float64" and bool(NOT_SMOOTH & set(self.steps)),
+            "rows by slot": self.combine == "pairs[t] =" and self.selection not in BY_SLOT,
+            "a start that is not used": self.start != "zeros" and self.combine in ("pairs[t] =", "parts[:, e] ="),
+            "float32 is no wider": self.start == "float32" and self.dtype == "float64",
+            "columns as a start": self.start == "columns of zeros" and self.combine in ("cat", "stack", "list sum"),
+            "nothing to ask": self.skip in ("numel", "shape", "len", "not any", "effect") and self.position == DENSE,
+            "called": self.called > len(self.steps) or bool(self.called and not self.has_modules),
+            "a second accumulator by position": self.extra == "second accumulator" and self.position != LONG,
+            "rows of no length": self.extra == "notes sizes" and self.position != LONG,
+        }
+        return next((rule for rule, broken in rules.items() if broken), None)
+
+
+BY_SLOT = ("where(mask[e])", "where(ids == e)", "nonzero(ids == e)", "pairs // K")
+CAPACITY_OR_TABLE = ("capacity", "capacity mask", "dense by table")
+
+
+MOST_CHOICES = 48
+
+Choose = Callable[[Sequence[Any]], Any]
+"""Picks one of a sequence."""
+
+
+def build(choose: Choose) -> Program:
+    """A program that is a loop of experts, or nearly one, made of many choices."""
+
+    def seldom(one_in: int) -> bool:
+        return bool(choose(range(one_in)) == one_in - 1)
+
+    low_precision = seldom(10)
+    dtype = choose(("float32", "bfloat16")) if low_precision else "float64"
+    routing = "given" if low_precision else choose(("softmax", "given", *ROUTINGS))
+    given = choose(GIVEN_IDS) if routing == "given" else "distinct"
+    in_range = not routing.startswith("dropped") and given not in ("sentinels", "negative")
+    batched = seldom(3)
+    selection = choose(
+        [
+            name
+            for name, position in SELECTIONS.items()
+            if not (position == COLUMNS and not batched)
+            and not (name in CAPACITY_OR_TABLE and not in_range)
+            and not (low_precision and ("threshold" in name or name == "expert choice"))
+        ]
+    )
+    position = SELECTIONS[selection]
+    combine = choose([c for c in COMBINES[position] if c != "pairs[t] =" or selection in BY_SLOT])
+    starts = [
+        start
+        for start in STARTS
+        if (start != "float32" or low_precision)
+        and (start == "zeros" or combine not in ("pairs[t] =", "parts[:, e] ="))
+        and (start != "columns of zeros" or combine not in ("cat", "stack", "list sum"))
+    ]
+    known_steps = [step for step in STEPS if not (low_precision and step in NOT_SMOOTH)]
+    steps = [choose(known_steps) for _ in range(choose(range(6)))]
+    if seldom(8):
+        steps.insert(choose(range(len(steps) + 1)), choose(TRAPS))
+    unusual_storage = seldom(8)
+    storage = choose(UNUSUAL_STORAGES if unusual_storage else tuple(s for s in STORAGES if s not in UNUSUAL_STORAGES))
+    of_modules = storage in MODULE_STORAGES
+    loop = choose([HITS, RANGE, *([MODULES] if of_modules else []), *([ROWS] if storage == "stacked" else [])])
+    by_position = ("second accumulator", "notes sizes")
+    extras = [extra for extra in EXTRAS if position == LONG or extra not in by_position]
+    skips = ("none", "expert 1") if position == DENSE else ("none", *SKIPS[:-1])
+    negative = routing == "dropped to -1" or given == "negative"
+    return Program(
+        routing=routing,
+        given=given,
+        experts=choose((4, 3)),
+        top_k=1 if routing == "argmax" else choose((2, 1, 3)),
+        tokens=tuple(choose(USUAL_TOKENS) for _ in range(choose((1, 1, 2)))),
+        batched=batched,
+        mask="arange" if negative else choose(("one_hot", "arange")),
+        loop=loop,
+        index=choose(INDICES) if loop == HITS else "e[0]",
+        selection=selection,
+        skip="effect" if position != DENSE and seldom(40) else choose(skips),
+        steps=tuple(steps),
+        called=choose(range(len(steps) + 1)) if of_modules else 0,
+        weight=choose(("after", "before", "none")),
+        combine=combine,
+        start="x itself" if "x itself" in starts and seldom(20) else choose([s for s in starts if s != "x itself"]),
+        storage=storage,
+        extra=choose(extras) if seldom(8) else "none",
+        experts_backend=choose(("grouped_mm", "batched_mm")),
+        inner=choose(("eager", "eager", "aot_eager")),
+        dtype=dtype,
+        grad=not seldom(5),
+    )
+
+
+def programs() -> st.SearchStrategy[Program]:
+    """:func:`build` by choices of hypothesis: one byte for each.
+
+    Hypothesis repeats parts of an example in the next ones, where they are drawn one by one; bytes it draws anew.
+    """
+
+    def built(choices: bytes) -> Program:
+        left = iter(choices)
+        return build(lambda values: values[next(left) % len(values)])
+
+    return st.binary(min_size=MOST_CHOICES, max_size=MOST_CHOICES).map(built)
+
+
+# --- a program as source ----------------------------------------------------------------------------------------------
+
+
+class _Renderer:
+    """Renders one program. Rows are ``h``, of ``HIDDEN`` columns or of ``INNER``."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.parameters: dict[str, tuple[int, ...]] = {}
+        """Of one expert, by name."""
+        self.buffers: dict[str, tuple[int, ...]] = {}
+        self.width = HIDDEN
+        self.inside = False
+        """Whether the lines are those of an expert's ``forward``."""
+
+    # Parameters and the index.
+
+    @property
+    def index(self) -> str:
+        """The expert's index, where one that keeps its dimension would not do."""
+        return "e[0]" if self.program.loop == HITS and self.program.index == "kept" else "e"
+
+    def at_expert(self, tensor: str) -> str:
+        """Row of the expert in ``tensor``."""
+        kept = self.program.loop == HITS and self.program.index == "kept"
+        return f"{tensor}[e].squeeze(0)" if kept else f"{tensor}[e]"
+
+    def parameter(self, kind: str, *shape: int) -> str:
+        """A new parameter of the expert, as the code at hand reads it."""
+        name = f"{kind}_{len(self.parameters)}"
+        self.parameters[name] = shape
+        program = self.program
+        if program.has_modules:
+            return f"self.{name}" if self.inside else f"expert.{name}"
+        if program.loop == ROWS:
+            return f"{name}_e"
+        if program.storage == "transposed" and len(shape) == 2:
+            return f"{self.at_expert(f'self.{name}')}.t()"
+        if program.storage == "flat":
+            sizes = ", ".join(map(str, (program.experts, *shape)))
+            return self.at_expert(f"self.{name}.view({sizes})")
+        if program.storage == "ParameterList":
+            return f"self.{name}[{self.index}]"
+        return self.at_expert(f"self.{name}")
+
+    # Rows.
+
+    def of_rows(self, tensor: str) -> str:
+        """Rows of ``tensor`` at the selected positions."""
+        position = self.program.position
+        return tensor if position == DENSE else f"{tensor}[b, t]" if position == COLUMNS else f"{tensor}[t]"
+
+    def weight(self) -> str:
+        """Routing weight of each row, ``[n, 1]``."""
+        selection, e = self.program.selection, self.index
+        if selection in ("where(mask[e])", "where(ids == e)", "nonzero(ids == e)"):
+            return "weights[t, slot, None]"
+        if selection == "pairs // K":
+            return "weights.reshape(-1)[pair].unsqueeze(-1)"
+        if selection.startswith("any"):
+            return f"(weights * (ids == {e})).sum(-1)[t, None]"
+        if selection.startswith("threshold"):
+            return f"scores[:, {e}][t].unsqueeze(-1)"
+        if selection == "expert choice":
+            return "chosen.unsqueeze(-1)"
+        if selection.startswith("capacity"):
+            return "weights[t, :1]"
+        if selection == "two columns":
+            return "weights[b, t, slot, None]"
+        if selection == "dense by table":
+            return f"table[:, {e}, None]"
+        return f"(weights * (ids == {e})).sum(-1, keepdim=True)"
+
+    def other_width(self) -> int:
+        return INNER if self.width == HIDDEN else HIDDEN
+
+    def step(self, name: str) -> list[str]:
+        """The lines of one step. Steps that need to know the token stand in the loop only."""
+        width, other = self.width, self.other_width()
+        parameter = self.parameter
+        matmul = {
+            "linear": (lambda w: f"F.linear(h, {w})", (other, width)),
+            "matmul": (lambda w: f"h @ {w}", (width, other)),
+            "mm": (lambda w: f"torch.mm(h, {w})", (width, other)),
+            "einsum": (lambda w: f'torch.einsum("ni,oi->no", h, {w})', (other, width)),
+        }
+        if name in matmul:
+            spell, shape = matmul[name]
+            self.width = other
+            return [f"h = {spell(parameter('w', *shape))}"]
+        if name == "addmm":
+            self.width = other
+            return [f"h = torch.addmm({parameter('b', other)}, h, {parameter('w', width, other)})"]
+        if name.startswith("gate"):
+            self.width = other
+            first = f"h = F.linear(h, {parameter('w', 2 * other, width)})"
+            if name == "gate interleaved":
+                return [first, "gate, up = h[..., ::2], h[..., 1::2]", "h = (up + 1) * gate * torch.sigmoid(gate * 2)"]
+            halves = "h.chunk(2, dim=-1)" if name == "gate chunk" else f"h.split({other}, dim=-1)"
+            return [first, f"gate, up = {halves}", "h = F.silu(gate) * up"]
+        if name == "bmm":
+            self.width = other
+            return [f"h = torch.bmm(h.unsqueeze(1), {parameter('w', width, other)}.expand(h.shape[0], -1, -1))[:, 0]"]
+        if name == "lora":
+            return [f"h = h + (h @ {parameter('a', width, 2)}) @ {parameter('b', 2, width)}"]
+        if name == "bias":
+            return [f"h = h + {parameter('b', width)}"]
+        if name == "scale":
+            return [f"h = h * {parameter('s', 1)}"]
+        if name == "vector scale":
+            return [f"h = h * ({parameter('s', width)} + 1)"]
+        if name == "batch norm":
+            return ["h = F.batch_norm(h, None, None, training=True)"]
+        simple = {
+            "silu": "F.silu(h)",
+            "gelu": "F.gelu(h)",
+            "tanh": "torch.tanh(h)",
+            "relu": "F.relu(h).pow(2)",
+            "quick gelu": "h * torch.sigmoid(1.702 * h)",
+            "layer_norm": "F.layer_norm(h, h.shape[-1:])",
+            "rms_norm": "h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-3)",
+            "normalize": "F.normalize(h, dim=-1, eps=1e-3)",
+            "softmax": "h.softmax(-1)",
+            "clamp": "h.clamp(-0.7, 0.7)",
+            "clamp_max": "h.clamp(max=0.5)",
+            "heads": "h.view(-1, 2, h.shape[-1] // 2).softmax(-1).flatten(1)",
+            "leaky where": "torch.where(h > 0, h, h * 0.1)",
+            "rotate": f"torch.cat([-h[:, {width // 2}:], h[:, :{width // 2}]], dim=-1)",
+            "squeeze": "(h.unsqueeze(0) * 2).squeeze(0)",
+            "detach": "h - h.detach() * 0.5",
+            "outer": "(h.unsqueeze(2) * h.unsqueeze(1)).sum(1)",
+            "mean of rows": "h - h.mean(0)",
+            "cumsum": "h.cumsum(0)",
+            "first row": "h - h[:1]",
+            "by number of rows": "h / (h.shape[0] + 1)",
+            "softmax of rows": "h.softmax(0)",
+            "largest of all": "h / (h.abs().sum() + 1)",
+            "flipped": "h.flip(0)",
+            "sorted": "h.sort(dim=0)[0]",
+            "attention": "(h @ h.t()).softmax(-1) @ h",
+            "noise": "h + torch.rand_like(h)",
+            "dropout": "F.dropout(h, 0.5)",
+            "previous row": "h + h.roll(1, 0)",
+        }
+        if name in simple:
+            return [f"h = {simple[name]}"]
+        plain = {
+            "add_ to rows": ["h += 1"],
+            "mul_ rows": ["h = h.mul_(0.5)"],
+            "column written": ["h[:, 0] = 0.5"],
+            "negative written": ["h[h < 0] = 0"],
+            "few rows": ["if h.shape[0] > 2:", "    h = h * 3"],
+        }
+        if name in plain:
+            return plain[name]
+        if self.inside:
+            return ["h = h * 1.25"]
+        if name == "residual":
+            return [f"h = h + {self.of_rows('x')}"] if width == HIDDEN else ["h = h + 1"]
+        if name == "position":
+            if self.program.position != LONG:
+                return ["h = h * 0.75"]
+            return ["h = h * (t + 1).unsqueeze(-1).to(h.dtype)"]
+        if name == "router row":
+            return [f"h = h * self.router[:, {self.index}].sum()"]
+        if name == "table of tokens":
+            self.buffers["table_of_tokens"] = (16, 1)
+            spread = "self.table_of_tokens[:tokens]"
+            return (
+                [f"h = h + {self.of_rows(spread)}"] if self.program.position in (LONG, MASK, DENSE) else ["h = h + 0.5"]
+            )
+        if name == "reads accumulator":
+            return [f"h = h + {self.of_rows('out')}.sum(-1, keepdim=True)"]
+        if name == "input written":
+            lines = [f"h = h * {self.of_rows('x')}.sum(-1, keepdim=True)"]
+            return [*lines, "x.mul_(2)" if self.program.position == DENSE else f"{self.of_rows('x')} = 0.25"]
+        raise AssertionError(name)
+
+    # The parts of the module's forward.
+
+    def routing(self) -> list[str]:
+        program, k, e = self.program, self.program.top_k, self.program.experts
+        lines = []
+        if program.batched and program.position != COLUMNS:
+            lines += ["shape = x.shape", f"x = x.reshape(-1, {HIDDEN})"]
+            if program.takes_ids:
+                lines += [f"ids, weights = ids.reshape(-1, {k}), weights.reshape(-1, {k})"]
+        if program.position != COLUMNS:
+            lines += ["tokens = x.shape[0]"]
+        if program.dtype == "float64":
+            lines += ["scores = x @ self.router"]
+        routes = {
+            "softmax": [f"weights, ids = scores.softmax(-1).topk({k}, dim=-1)"],
+            "sigmoid": [
+                f"weights, ids = torch.topk(scores.sigmoid(), {k}, dim=-1)",
+                "weights = weights / weights.sum(-1, keepdim=True)",
+            ],
+            "argmax": [
+                "ids = scores.argmax(-1, keepdim=True)",
+                "weights = scores.softmax(-1).gather(-1, ids)",
+            ],
+            "sorted": [
+                "weights, ids = scores.sort(-1, descending=True)",
+                f"weights, ids = weights[..., :{k}], ids[..., :{k}]",
+            ],
+            "dropped": [
+                f"weights, ids = scores.softmax(-1).topk({k}, dim=-1)",
+                f"ids = ids.masked_fill(weights < 0.3, {e})",
+            ],
+            "dropped to -1": [
+                f"weights, ids = scores.softmax(-1).topk({k}, dim=-1)",
+                "ids = torch.where(weights < 0.3, -1, ids)",
+            ],
+        }
+        lines += routes.get(program.routing, [])
+        flat = f"ids.reshape(-1, {k})" if program.position == COLUMNS else "ids"
+        if program.selection == "where(mask[e])" or program.loop == HITS:
+            if program.mask == "one_hot":
+                classes = e if program.in_range else e + 4
+                lines += [f"mask = F.one_hot({flat}, {classes}).permute(2, 1, 0)"]
+            else:
+                lines += [f"mask = ({flat}.unsqueeze(-1) == torch.arange({e})).permute(2, 1, 0)"]
+        if program.selection.startswith("capacity"):
+            lines += [
+                f"first = F.one_hot(ids[:, 0], {e})",
+                "kept = first * (first.cumsum(0) <= 2)",
+            ]
+        if program.selection == "dense by table":
+            lines += [f"table = torch.zeros(tokens, {e}, dtype=x.dtype).scatter_add(1, ids, weights)"]
+        return lines
+
+    def accumulator(self) -> list[str]:
+        program = self.program
+        if program.combine == "pairs[t] =":
+            if program.selection == "pairs // K":
+                return [f"pairs = x.new_zeros(tokens * {program.top_k}, {HIDDEN})"]
+            return [f"pairs = x.new_zeros(tokens, {program.top_k}, {HIDDEN})"]
+        if program.combine == "parts[:, e] =":
+            # Some parts may stay as they are: then they are to be numbers.
+            all_written = program.loop != HITS and program.skip == "none" and program.extra != "break"
+            made = "new_empty" if all_written else "new_zeros"
+            return [f"parts = x.{made}(tokens, {program.experts}, {HIDDEN})"]
+        starts = {
+            "zeros": ["out = torch.zeros_like(x)"],
+            "new_zeros": ["out = x.new_zeros(x.shape)"],
+            "shared expert": ["out = x @ self.shared"],
+            "clone": ["out = x.clone()"],
+            "view of zeros": ["whole = x.new_zeros(x.numel())", "out = whole.view(x.shape)"],
+            "columns of zeros": [f"whole = x.new_zeros(*x.shape[:-1], {2 * HIDDEN})", f"out = whole[..., :{HIDDEN}]"],
+            "float32": ["out = torch.zeros(x.shape, dtype=torch.float32)"],
+            "x itself": ["out = x"],
+        }
+        lists = {
+            "cat": ["positions, results = [], []"],
+            "stack": ["results = []"],
+            "list sum": ["results = []"],
+            "cat columns": ["results = []"],
+        }
+        return starts[program.start] + lists.get(program.combine, [])
+
+    def loop(self) -> list[str]:
+        """What stands before the loop's body, its ``for`` last."""
+        program = self.program
+        if program.loop == HITS:
+            hit = "mask.sum(dim=(-1, -2)).greater(0)"
+            if program.index == "where":
+                return [f"for e in torch.where({hit})[0]:"]
+            hits = f"hits = {hit}.nonzero()"
+            if program.index == "unpacked":
+                return [hits, "for (e,) in hits:"]
+            return [hits, "for e in hits.flatten():" if program.index == "flattened" else "for e in hits:"]
+        if program.loop == MODULES:
+            values = ".values()" if program.storage == "ModuleDict" else ""
+            return [f"for e, expert in enumerate(self.experts{values}):"]
+        if program.loop == ROWS and self.parameters:
+            names = ", ".join(f"{name}_e" for name in self.parameters)
+            tensors = ", ".join(f"self.{name}" for name in self.parameters)
+            if len(self.parameters) == 1:
+                return [f"for e, {names} in enumerate({tensors}):"]
+            return [f"for e, ({names}) in enumerate(zip({tensors})):"]
+        return [f"for e in range({program.experts}):"]
+
+    def skips(self) -> list[str]:
+        """``continue`` before the rows are taken, as it needs nothing of them."""
+        program, lines = self.program, []
+        if program.loop == HITS:
+            lines += {"e[0]": ["e = e[0]"], "item": ["e = e.item()"], "int": ["e = int(e)"]}.get(program.index, [])
+            if program.mask == "one_hot" and not program.in_range:
+                lines += [f"if {self.index} >= {program.experts}:", "    continue"]
+        if program.skip == "expert 1":
+            lines += [f"if {self.index} == 1:", "    continue"]
+        return lines
+
+    def select(self) -> list[str]:
+        program, e = self.program, self.index
+        lines = {
+            "where(mask[e])": [f"slot, t = torch.where({self.at_expert('mask')})"],
+            "where(ids == e)": [f"t, slot = torch.where(ids == {e})"],
+            "nonzero(ids == e)": [f"t, slot = (ids == {e}).nonzero(as_tuple=True)"],
+            "pairs // K": [f"pair = (ids.reshape(-1) == {e}).nonzero().squeeze(-1)", f"t = pair // {program.top_k}"],
+            "any(-1)": [f"t = (ids == {e}).any(-1)"],
+            "any(-1).nonzero()": [f"t = (ids == {e}).any(dim=-1).nonzero()[:, 0]"],
+            "threshold": [f"t = scores[:, {e}] > 0.1"],
+            "threshold.nonzero()": [f"t = torch.where(scores[:, {e}] > 0.1)[0]"],
+            "expert choice": [f"chosen, t = scores.t()[{e}].topk(tokens // 2)"],
+            "capacity": [f"t = torch.where(kept[:, {e}])[0]"],
+            "capacity mask": [f"t = kept[:, {e}].bool()"],
+            "two columns": [f"b, t, slot = torch.where(ids == {e})"],
+        }.get(program.selection, [])
+        empty = {
+            "numel": "t.numel() == 0" if program.position != MASK else "t.sum() == 0",
+            "shape": "t.shape[0] == 0" if program.position != MASK else "not t.any()",
+            "len": "len(t) == 0" if program.position != MASK else "not torch.any(t)",
+            "not any": "not t.any()" if program.position == MASK else "not t.numel()",
+            "effect": "t.numel() == 0" if program.position != MASK else "not t.any()",
+        }.get(program.skip)
+        if empty is not None:
+            lines = [*lines, f"if {empty}:"]
+            has_out = program.combine not in ("pairs[t] =", "parts[:, e] =")
+            lines += ["    out = out + 1"] if program.skip == "effect" and has_out else []
+            lines += ["    continue"]
+        return lines
+
+    def rows(self) -> tuple[list[str], list[str]]:
+        """The lines of the expert's ``forward``, and those of the loop's body."""
+        program, forward = self.program, []
+        lines = [f"h = {self.of_rows('x')}"]
+        weigh = f"h = h * {self.weight()}"
+        if program.weight == "before":
+            lines += [weigh]
+        if program.has_modules:
+            if program.loop != MODULES:
+                key = f'f"expert_{{{self.index}}}"' if program.storage == "ModuleDict" else self.index
+                lines += [f"expert = self.experts[{key}]"]
+            self.inside = True
+            for name in program.steps[: program.called]:
+                forward += self.step(name)
+            if program.storage == "numbered":
+                forward += ["h = h * self.number"]
+            self.inside = False
+            if forward:
+                lines += ["h = expert(h)"]
+        for name in program.steps[program.called :]:
+            lines += self.step(name)
+        if self.width == INNER:
+            lines += self.step("linear")
+        if program.weight == "after":
+            lines += [weigh]
+        return forward, lines
+
+    def extra(self) -> tuple[list[str], list[str], list[str]]:
+        """Lines before the loop, in its body and behind it."""
+        weight = self.weight()
+        program = self.program
+        has_out = program.combine not in ("pairs[t] =", "parts[:, e] =")
+        if program.extra == "counts in buffer":
+            self.buffers["counts"] = (program.experts,)
+        count = "h.shape[0]" if program.position == DENSE else "1"
+        extras: dict[str, tuple[list[str], list[str], list[str]]] = {
+            "none": ([], [], []),
+            "second accumulator": (
+                ["total = x.new_zeros(tokens)"],
+                [f"total.index_add_(0, t, ({weight})[:, 0])"],
+                ["out = out + total.unsqueeze(-1)"],
+            ),
+            "counts calls": ([], ["self.calls += 1"], []),
+            "notes sizes": ([], ["self.notes.append(t.shape[0])"], []),
+            "counts in buffer": ([], [f"self.counts[{self.index}] += {count}"], []),
+            "scale carried": (["scale = 1.0"], ["h = h * scale", "scale = scale * 0.5"], []),
+            "rows used after": (["h = x"], [], ["out = out + h.sum()"]),
+            "loss of rows": (["loss = 0.0"], ["loss = loss + h.square().sum()"], ["out = out + loss"]),
+            "loss of weights": (["loss = 0.0"], [f"loss = loss + ({weight}).sum()"], ["out = out + loss"]),
+            "break": ([], [f"if {self.index} == 2:", "    break"], []),
+            "expert used after": (["e = 0"], [], ["out = out + e"]),
+        }
+        before, body, after = extras[program.extra]
+        return before, body, after if has_out or program.extra in ("none",) else []
+
+    def combine(self) -> tuple[list[str], list[str]]:
+        """The lines that add rows to the result, and those behind the loop."""
+        program = self.program
+        where = "b, t" if program.position == COLUMNS else "t"
+        index = "(b, t)" if program.position == COLUMNS else "(t,)"
+        y = "h.to(out.dtype)" if program.start == "float32" else "h"
+        spread = f"t.unsqueeze(-1).expand(-1, {HIDDEN})"
+        e = self.index
+        lines = {
+            "index_add_": [f"out.index_add_(0, t, {y})"],
+            "out[t] +=": [f"out[{where}] += {y}"],
+            "out[t] = out[t] +": [f"out[{where}] = out[{where}] + {y}"],
+            "out[t] =": [f"out[{where}] = {y}"],
+            "index_put_": [f"out.index_put_({index}, {y}, accumulate=True)"],
+            "index_put": [f"out = out.index_put({index}, {y}, accumulate=True)"],
+            "scatter_add_": [f"out.scatter_add_(0, {spread}, {y})"],
+            "scatter_add": [f"out = out.scatter_add(0, {spread}, {y})"],
+            "index_add": [f"out = out.index_add(0, t, {y})"],
+            "index_copy_": [f"out.index_copy_(0, t, {y})"],
+            "out + zeros.index_add": [f"out = out + torch.zeros_like(out).index_add(0, t, {y})"],
+            "masked_scatter": [f"out = out + torch.zeros_like(out).masked_scatter(t.unsqueeze(-1), {y})"],
+            "cat": ["positions.append(t)", f"results.append({y})"],
+            "out + y": [f"out = out + {y}"],
+            "torch.add": [f"out = torch.add(out, {y})"],
+            "out += y": [f"out += {y}"],
+            "add_": [f"out.add_({y})"],
+            "stack": [f"results.append({y})"],
+            "list sum": [f"results.append({y})"],
+            "cat columns": [f"results.append({y})"],
+            "parts[:, e] =": [f"parts[:, {e}] = {y}"],
+            "pairs[t] =": ["pairs[pair] = h" if program.selection == "pairs // K" else "pairs[t, slot] = h"],
+        }[program.combine]
+        if program.combine == "pairs[t] =":
+            return lines, [f"out = pairs.view(-1, {program.top_k}, {HIDDEN}).sum(1)"]
+        if program.combine == "parts[:, e] =":
+            return lines, ["out = parts.sum(1)"]
+        after = {
+            "cat": ["out = out.index_add(0, torch.cat(positions), torch.cat(results))"],
+            "stack": ["out = out + torch.stack(results).sum(0)"],
+            "list sum": ["out = out + sum(results)"],
+            "cat columns": [f"out = out + torch.cat(results, dim=-1).view(*x.shape[:-1], -1, {HIDDEN}).sum(-2)"],
+        }.get(program.combine, [])
+        if program.start in ("view of zeros", "columns of zeros"):
+            after = [*after, "out = out + whole.sum()"]
+        return lines, after
+
+    def render(self) -> str:
+        program = self.program
+        expert_forward, rows = self.rows()
+        combine, after_combine = self.combine()
+        before, extra, after = self.extra()
+        body = [*self.skips(), *self.select(), *rows, *extra, *combine]
+        end = ["return out.view(shape)" if program.batched and program.position != COLUMNS else "return out"]
+        forward = [*self.routing(), *self.accumulator(), *before, *self.loop(), *_indented(body)]
+        forward += [*after_combine, *after, *end]
+        return "\n".join([*self._expert_class(expert_forward), *self._block_class(forward), ""])
+
+    def _expert_class(self, forward: list[str]) -> list[str]:
+        if not self.program.has_modules:
+            return []
+        made = [
+            f"self.{name} = nn.Parameter(torch.randn({', '.join(map(str, shape))}) / 2)"
+            for name, shape in self.parameters.items()
+        ]
+        lines = ["class Expert(nn.Module):", "    def __init__(self, number):"]
+        lines += _indented(["super().__init__()", "self.number = number", *made], 2)
+        if forward:
+            lines += ["", "    def forward(self, h):", *_indented([*forward, "return h"], 2)]
+        return [*lines, "", ""]
+
+    def _block_class(self, forward: list[str]) -> list[str]:
+        program, e = self.program, self.program.experts
+        made = ["super().__init__()"]
+        made += [f"self.router = nn.Parameter(torch.randn({HIDDEN}, {e}))"]
+        if program.start == "shared expert":
+            made += [f"self.shared = nn.Parameter(torch.randn({HIDDEN}, {HIDDEN}))"]
+        made += [
+            f'self.register_buffer("{name}", torch.arange({_product(shape)}.0).view({", ".join(map(str, shape))}))'
+            for name, shape in self.buffers.items()
+        ]
+        if program.extra == "counts calls":
+            made += ["self.calls = 0"]
+        if program.extra == "notes sizes":
+            made += ["self.notes = []"]
+        made += self._experts()
+        arguments = "x, ids, weights" if program.takes_ids else "x"
+        return [
+            "class Block(nn.Module):",
+            "    def __init__(self):",
+            *_indented(made, 2),
+            "",
+            f"    def forward(self, {arguments}):",
+            *_indented(forward, 2),
+        ]
+
+    def _experts(self) -> list[str]:
+        program, e = self.program, self.program.experts
+        if program.has_modules:
+            number = "1.5 + i" if program.storage == "numbered" else "1.5"
+            if program.storage == "ModuleDict":
+                return [f'self.experts = nn.ModuleDict({{f"expert_{{i}}": Expert({number}) for i in range({e})}})']
+            lines = [f"self.experts = nn.ModuleList(Expert({number}) for i in range({e}))"]
+            return [*lines, "self.experts[2] = self.experts[0]"] if program.storage == "tied" else lines
+        made = []
+        for name, shape in self.parameters.items():
+            if program.storage == "ParameterList":
+                sizes = ", ".join(map(str, shape))
+                made += [f"self.{name} = nn.ParameterList(torch.randn({sizes}) / 2 for _ in range({e}))"]
+                continue
+            if program.storage == "flat":
+                stored: tuple[int, ...] = (e * shape[0], *shape[1:])
+            elif program.storage == "transposed" and len(shape) == 2:
+                stored = (e, shape[1], shape[0])
+            else:
+                stored = (e, *shape)
+            made += [f"self.{name} = nn.Parameter(torch.randn({', '.join(map(str, stored))}) / 2)"]
+        return made
+
+
+def _indented(lines: list[str], by: int = 1) -> list[str]:
+    return [" " * 4 * by + line for line in lines]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return shape[0] * _product(shape[1:]) if shape else 1
+
+
+IMPORTS = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n\n"
+
+
+def source(program: Program) -> str:
+    """The module, as a user would have written it."""
+    return IMPORTS + _Renderer(program).render()
+
+
+_number = itertools.count()
+
+
+def make_class(program: Program) -> type[nn.Module]:
+    """The module's class. Dynamo and tracebacks find its source."""
+    text, name = source(program), f"<generated {next(_number)}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": "generated"}
+    exec(compile(text, name, "exec"), namespace)
+    made: type[nn.Module] = namespace["Block"]
+    return made
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+class Defect(AssertionError):
+    """What must not be: WRONG, CRASH or SILENT, and what was seen."""
+
+    def __init__(self, label: str, what: str, program: Program) -> None:
+        super().__init__(f"{label} {what}\n{program}\n\n{source(program)}")
+        self.label, self.what, self.program = label, what, program
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a program: ``rewritten``, ``refused``, ``silent`` (unrolled) or ``invalid`` (eager fails)."""
+
+    kind: str
+    reasons: tuple[str, ...] = ()
+
+
+def arguments(program: Program, call: int) -> tuple[Tensor, ...]:
+    """What the module is called with the ``call``-th time, in the program's dtype."""
+    generator = torch.Generator().manual_seed(11 + call)
+    tokens, k, e = program.tokens[call], program.top_k, program.experts
+    batch = (2 if tokens % 2 == 0 and tokens else 1, -1) if program.batched else (-1,)
+    dtype = DTYPES[program.dtype]
+    x = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    scores = torch.rand(tokens, e, generator=generator, dtype=torch.float64)
+    weights, ids = scores.topk(k)
+    marked = torch.rand(tokens, k, generator=generator) < 0.4
+    if program.given == "repeated":
+        ids = torch.randint(0, e, ids.shape, generator=generator)
+        ids[:2] = 2
+    elif program.given == "one idle":
+        ids = ids.clamp(min=1)
+    elif program.given == "all on one":
+        ids = torch.ones_like(ids)
+    elif program.given == "sentinels":
+        ids = torch.where(marked, torch.where(weights > 0.7, e, e + 3), ids)
+    elif program.given == "negative":
+        ids = torch.where(marked, -1, ids)
+    sizes = (batch[0], tokens // batch[0]) if program.batched else (tokens,)
+    x, ids, weights = (t.view(*sizes, t.shape[-1]).clone() for t in (x, ids, weights.to(dtype)))
+    return (x, ids, weights) if program.takes_ids else (x,)
+
+
+Observed = dict[str, Any]
+"""What one call gave and left behind: tensors and Python values, by name."""
+
+
+def observe(run: Callable[..., Tensor], module: nn.Module, args: tuple[Tensor, ...], grad: bool) -> Observed:
+    """Call ``run``, which is ``module`` or was compiled from it."""
+    torch.manual_seed(0)
+    module.zero_grad()
+    args = tuple(arg.clone().requires_grad_(grad and arg.is_floating_point()) for arg in args)
+    with torch.set_grad_enabled(grad):
+        result = run(*args)
+    observed: Observed = {"result": result.detach().clone()}
+    if grad:
+        weight = torch.linspace(-1, 2, result.numel(), dtype=torch.float64).view_as(result).to(result.dtype)
+        ((result * weight).sum() + args[0].sum()).backward()
+        leaves = {**{f"argument {i}": arg for i, arg in enumerate(args)}, **dict(module.named_parameters())}
+        observed.update({f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad})
+    observed.update({f"argument {i} after": arg.detach().clone() for i, arg in enumerate(args)})
+    observed.update({f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()})
+    names = [name for name in ("calls", "notes") if hasattr(module, name)]
+    observed.update({f"attribute {name}": copy.copy(getattr(module, name)) for name in names})
+    return observed
+
+
+def difference(given: Observed, wanted: Observed, exact: Observed | None) -> str | None:
+    """What differs, in words. ``exact``: the same in float64, where the dtype is a lower one."""
+    for name, expected in wanted.items():
+        actual = given[name]
+        if not isinstance(expected, Tensor) and not isinstance(actual, Tensor):
+            if expected != actual:
+                return f"{name}: {actual} is not {expected}"
+            continue
+        if expected is None or actual is None:
+            # An expert without rows: None in eager where its parameters were not used, zeros from a table.
+            if any(grad is not None and bool(grad.any()) for grad in (actual, expected)):
+                return f"{name}: {actual} is not {expected}"
+            continue
+        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+            return f"{name}: {actual.dtype} {tuple(actual.shape)} is not {expected.dtype} {tuple(expected.shape)}"
+        if exact is not None and expected.is_floating_point():
+            reference = exact[name]
+            reference = torch.zeros_like(expected).double() if reference is None else reference.double()
+            error, own = (_largest(t.double() - reference) for t in (actual, expected))
+            if not error <= 4 * own + torch.finfo(expected.dtype).eps * _largest(reference):
+                return f"{name}: an error of {error:.3g}, where eager has {own:.3g}"
+            continue
+        tolerances = {"rtol": 1e-9, "atol": 1e-11} if expected.is_floating_point() else {"rtol": 0, "atol": 0}
+        try:
+            torch.testing.assert_close(actual, expected, equal_nan=True, **tolerances)
+        except AssertionError:
+            return f"{name}: {_shown(actual)} is not {_shown(expected)}"
+    return None
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _shown(tensor: Tensor) -> str:
+    values = tensor.flatten()[:6].tolist()
+    return f"[{', '.join(f'{value:.6g}' for value in values)}{', ...' if tensor.numel() > 6 else ''}]"
+
+
+class _Lines(logging.Handler):
+    """Keeps what the logger says."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """The lines of the logger ``moe_rewrite`` while this is entered."""
+    logger, handler = logging.getLogger("moe_rewrite"), _Lines()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield handler.lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+LEFT = "left as it is: "
+
+
+def check(program: Program) -> Outcome:
+    """Run a program in Python and compiled.
+
+    Raises:
+        Defect: they differ, the compiled one fails, or a loop over hits is neither rewritten nor reported.
+    """
+    assert program.problem() is None, program.problem()
+    torch._dynamo.reset()
+    block, dtype = make_class(program), DTYPES[program.dtype]
+
+    def made(dtype: torch.dtype) -> nn.Module:
+        torch.manual_seed(1)
+        return block().to(DTYPES[program.dtype]).to(dtype)
+
+    eager, model, double = made(dtype), made(dtype), made(torch.float64)
+    calls = [arguments(program, call) for call in range(len(program.tokens))]
+    wanted = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for args in calls:
+            try:
+                wanted.append(observe(eager, eager, args, program.grad))
+            except Exception:  # no program that anybody has
+                return Outcome("invalid")
+        options = {"inner": program.inner, "experts": program.experts_backend}
+        compiled = torch.compile(model, backend="moe_rewrite", options=options)
+        with logged() as lines:
+            for args, expected in zip(calls, wanted, strict=True):
+                exact = None
+                if program.dtype != "float64":
+                    raised = tuple(arg.double() if arg.is_floating_point() else arg for arg in args)
+                    exact = observe(double, double, raised, program.grad)
+                try:
+                    given = observe(compiled, model, args, program.grad)
+                except Exception as error:
+                    # Not `from error`: its frames hold fake tensors, which a test runner must not print.
+                    raise Defect("CRASH", _error(error), program) from None
+                what = difference(given, expected, exact)
+                if what is not None:
+                    became = "; ".join(lines) or "nothing was reported"
+                    raise Defect("WRONG", f"{what} ({became})", program)
+    refused = [line.removeprefix(LEFT) for line in lines if line.startswith(LEFT)]
+    if refused:
+        if not all(_reason(line) for line in refused):
+            raise Defect("SILENT", f"a refusal without a reason: {refused}", program)
+        return Outcome("refused", tuple(dict.fromkeys(map(_reason, refused))))
+    if any(f"-> {program.experts_backend}" in line for line in lines):
+        return Outcome("rewritten")
+    if program.loop == HITS and any(program.tokens):
+        raise Defect("SILENT", f"the loop is not rewritten, and nothing says why: {lines}", program)
+    return Outcome("silent")
+
+
+def _error(error: BaseException) -> str:
+    """The first line that says something, and the last place."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if line and not line.startswith("backend=")), "")
+    places = [f"{Path(f.filename).name}:{f.name}" for f in traceback.extract_tb(error.__traceback__)]
+    return f"{type(error).__name__}: {said} (at {', '.join(places[-1:])})"
+
+
+def _reason(refusal: str) -> str:
+    """The reason of a refusal, without what stands for the one loop only: its module, the node and the place."""
+    reason = re.sub(r"(, at)? \([^()]*<generated \d+>:\d+[^()]*\)", "", refusal)
+    reason = re.sub(r" \(at `\w+`\)", "", reason)
+    return re.sub(r"\s+", " ", reason.partition(": ")[2]).strip()
+
+
+# --- making a failing program small -----------------------------------------------------------------------------------
+
+
+def same_defect(program: Program, label: str) -> Defect | None:
+    """The defect of ``label`` that the program has, if it has one."""
+    if program.problem() is not None:
+        return None
+    try:
+        with _limit(120):
+            check(program)
+    except Defect as defect:
+        return defect if defect.label == label else None
+    except Exception:
+        return None
+    return None
+
+
+def minimise(defect: Defect) -> Defect:
+    """The same sort of defect in a program that differs from the plain one in as little as can be found."""
+    plain, found = Program(), defect
+    changed = True
+    while changed:
+        changed = False
+        for smaller in _smaller(found.program, plain):
+            again = same_defect(smaller, defect.label)
+            if again is not None and _kind(again) == _kind(defect):
+                found, changed = again, True
+                break
+    return found
+
+
+def _kind(defect: Defect) -> str:
+    """What tells sorts of defects apart: the label, and the error."""
+    return re.sub(r"\d+", "0", defect.what) if defect.label == "CRASH" else defect.label
+
+
+def _smaller(program: Program, plain: Program) -> Iterator[Program]:
+    """Programs with one thing less."""
+    for i in range(len(program.tokens) - 1, -1, -1):
+        if len(program.tokens) > 1:
+            yield dataclasses.replace(program, tokens=program.tokens[:i] + program.tokens[i + 1 :])
+    for i in range(len(program.steps)):
+        steps = program.steps[:i] + program.steps[i + 1 :]
+        yield dataclasses.replace(program, steps=steps, called=program.called - (i < program.called))
+        yield dataclasses.replace(program, steps=steps, called=min(program.called, len(steps)))
+    pairs = {"selection": "combine", "routing": "top_k", "storage": "called", "loop": "index", "given": "mask"}
+    for field in dataclasses.fields(program):
+        if field.name == "steps" or getattr(program, field.name) == getattr(plain, field.name):
+            continue
+        smaller = dataclasses.replace(program, **{field.name: getattr(plain, field.name)})
+        yield smaller
+        if field.name in pairs:
+            other = pairs[field.name]
+            yield dataclasses.replace(smaller, **{other: getattr(plain, other)})
+
+
+@contextlib.contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+# --- many of them -----------------------------------------------------------------------------------------------------
+
+
+def survey(count: int, seed: int, defects: Path | None) -> list[tuple[Program, Outcome]]:
+    """What became of ``count`` programs. Each new sort of defect is made small and appended to a file."""
+    outcomes: list[tuple[Program, Outcome]] = []
+    known: collections.Counter[str] = collections.Counter()
+    generator = random.Random(seed)
+    while len(outcomes) < count:
+        program, started = build(generator.choice), time.time()
+        try:
+            with _limit(300):
+                outcome = check(program)
+        except Defect as defect:
+            outcome = Outcome("defect", (defect.label,))
+            _write_down(defect, known, defects)
+        outcomes.append((program, outcome))
+        became = f"{outcome.kind} {program} {'; '.join(outcome.reasons)}"
+        print(f"{len(outcomes)} {time.time() - started:.1f}s {became}", file=sys.stderr, flush=True)
+    return outcomes
+
+
+def _write_down(defect: Defect, known: collections.Counter[str], defects: Path | None) -> None:
+    """Append a defect to a file, made small. ``known``: how often its like was seen."""
+    print(f"{defect.label} {defect.what}\n{defect.program}", file=sys.stderr, flush=True)
+    known[_kind(defect)] += 1
+    if defects is None or (defect.label == "CRASH" and known[_kind(defect)] > 2):
+        return
+    small = minimise(defect)
+    what = f"{small.label} {small.program}"
+    known[what] += 1
+    if known[what] == 1:
+        with defects.open("a") as file:
+            file.write(
+                f"\n## {small.label} {small.what}\n\n`{small.program}`\n\n```python\n{source(small.program)}```\n"
+            )
+
+
+DIMENSIONS: dict[str, Callable[[Program], Iterable[str]]] = {
+    "routing": lambda p: [p.routing if not p.takes_ids else f"given, {p.given}"],
+    "loop": lambda p: [p.loop],
+    "index of hits": lambda p: [p.index] if p.loop == HITS else [],
+    "selection": lambda p: [p.selection],
+    "skip": lambda p: [p.skip],
+    "combine": lambda p: [f"{p.combine} ({p.position})"],
+    "start of the result": lambda p: [p.start],
+    "storage": lambda p: [p.storage],
+    "step": lambda p: sorted(set(p.steps) - set(TRAPS)),
+    "trap": lambda p: sorted(set(p.steps) & set(TRAPS)),
+    "besides": lambda p: [p.extra] if p.extra != "none" else [],
+    "dtype": lambda p: [p.dtype],
+    "tokens": lambda p: [", then ".join(map(str, p.tokens))] if len(p.tokens) == 1 else ["two numbers, in two calls"],
+}
+
+
+def page(outcomes: list[tuple[Program, Outcome]], command: str) -> str:
+    """The page on what is rewritten."""
+    valid = [(program, outcome) for program, outcome in outcomes if outcome.kind != "invalid"]
+    plain = [(program, outcome) for program, outcome in valid if not program.is_trap]
+    kinds = collections.Counter(outcome.kind for _, outcome in valid)
+    reasons = collections.Counter(reason for _, outcome in valid for reason in outcome.reasons)
+    failing = len(outcomes) - len(valid)
+    text = f"""\
+# Generated loops
+
+`tests/generator.py` draws experts loops from a grammar: a dispatch, a row program, a way to combine and a storage
+of the parameters, each in the spellings that models use, and some traps that only look like experts loops. Every
+program runs in Python and compiled, with one of the experts backends; results, gradients, side effects, shapes and
+dtypes are compared. This page says what share of them is rewritten. It is made by
+
+    {command}
+
+with torch {torch.__version__.split("+")[0]}: {len(outcomes)} programs, of which {failing} fail in eager too and
+do not count.
+
+| | programs |
+| --- | ---: |
+| rewritten | {kinds["rewritten"]} |
+| left as it is, with a reason | {kinds["refused"]} |
+| a loop of known length that Dynamo unrolls, without a word | {kinds["silent"]} |
+| wrong, failed, or not reported | {kinds["defect"]} |
+
+The dimensions are drawn apart from each other, so that many a program holds several things that no model has at
+once, and each of them may be why it is left. Of the {len(plain)} programs without a trap,
+{_share(outcome.kind == "rewritten" for _, outcome in plain)} are rewritten.
+
+## What is rewritten
+
+Programs without a trap, but for the rows of *trap* and *besides*, which count all.
+"""
+    lines = text.splitlines()
+    lines += ["| | | programs | rewritten | refused | unrolled |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for dimension, values in DIMENSIONS.items():
+        counted: dict[str, list[str]] = collections.defaultdict(list)
+        for program, outcome in valid if dimension in ("trap", "besides") else plain:
+            for value in values(program):
+                counted[value].append(outcome.kind)
+        for value, seen in sorted(counted.items(), key=lambda item: -_fraction(item[1], "rewritten")):
+            shares = " | ".join(f"{_fraction(seen, kind):.0%}" for kind in ("rewritten", "refused", "silent"))
+            lines.append(f"| {dimension} | `{value}` | {len(seen)} | {shares} |")
+    lines += ["", "## Why loops are left", "", "| programs | reason |", "| ---: | --- |"]
+    lines += [f"| {number} | {reason.replace('|', chr(92) + '|')} |" for reason, number in reasons.most_common(40)]
+    return "\n".join(lines)
+
+
+def _share(truths: Iterable[bool]) -> str:
+    values = list(truths)
+    return f"{sum(values) / max(len(values), 1):.0%}"
+
+
+def _fraction(kinds: list[str], kind: str) -> float:
+    return kinds.count(kind) / max(len(kinds), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw experts loops, check them, and print what became of them.")
+    parser.add_argument("--count", type=int, default=500, help="how many programs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--defects", type=Path, help="append each defect, made small, to this file")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in ("torch._dynamo", "torch._subclasses.fake_tensor", "torch.fx"):  # what fails is told by the defect
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    seed = f" --seed {given.seed}" if given.seed else ""
+    outcomes = survey(given.count, given.seed, given.defects)
+    print(page(outcomes, f"python tests/generator.py --count {given.count}{seed} > docs/generated-loops.md"))
+
+
+if __name__ == "__main__":
+    main()
