@@ -46,7 +46,7 @@ USUAL_TOKENS = (5, 9, 4, 5, 9, 9, 1, 0)
 HITS, RANGE, MODULES, ROWS = "hits", "range", "modules", "rows"
 LOOPS = (HITS, RANGE, MODULES, ROWS)
 """``for e in mask.nonzero()``, ``range(E)``, ``enumerate(self.experts)``, ``enumerate(zip(self.w1, self.w2))``."""
-INDICES = ("e[0]", "flattened", "item", "int", "kept", "where", "unpacked")
+INDICES = ("e[0]", "flattened", "item", "int", "kept", "where", "unpacked", "tolist", "column")
 """How one of the hits becomes an index."""
 
 LONG, MASK, COLUMNS, DENSE = "positions", "mask", "two columns", "all tokens"
@@ -54,6 +54,8 @@ SELECTIONS = {
     "where(mask[e])": LONG,
     "where(ids == e)": LONG,
     "nonzero(ids == e)": LONG,
+    "weights[ids == e]": LONG,
+    "table of positions": LONG,
     "pairs // K": LONG,
     "any(-1)": MASK,
     "any(-1).nonzero()": LONG,
@@ -68,6 +70,9 @@ SELECTIONS = {
 }
 SKIPS = ("none", "numel", "shape", "len", "not any", "expert 1", "effect")
 """``continue`` for experts without rows, for one expert; ``effect`` is one that changes the result before."""
+
+GATHERS = ("x[t]", "index_select", "x[t, :]", "x[None, t]", "gather", "embedding", "repeated")
+"""How the rows of the selected tokens are taken; ``repeated``: from a copy of ``x`` with one row for each pair."""
 
 COMBINES = {
     LONG: (
@@ -199,6 +204,7 @@ class Program:
         skip: one of ``SKIPS``.
         steps: the row program: some of ``STEPS`` and ``TRAPS``.
         called: how many of the first steps stand in the expert's ``forward``, where experts are modules.
+        gather: one of ``GATHERS``.
         weight: the routing weight is applied ``after`` the steps, ``before`` them or not at all (``none``).
         combine: one of ``COMBINES``.
         start: one of ``STARTS``.
@@ -208,6 +214,7 @@ class Program:
         inner: the inner compiler.
         dtype: one of ``DTYPES``.
         grad: whether gradients are compared.
+        layers: how many such blocks stand one after the other.
     """
 
     routing: str = "softmax"
@@ -223,6 +230,7 @@ class Program:
     skip: str = "none"
     steps: tuple[str, ...] = ("linear",)
     called: int = 0
+    gather: str = "x[t]"
     weight: str = "after"
     combine: str = "index_add_"
     start: str = "zeros"
@@ -232,6 +240,7 @@ class Program:
     inner: str = "eager"
     dtype: str = "float64"
     grad: bool = True
+    layers: int = 1
 
     @property
     def has_modules(self) -> bool:
@@ -286,16 +295,26 @@ class Program:
             "nothing to ask": self.skip in ("numel", "shape", "len", "not any", "effect") and self.position == DENSE,
             "called": self.called > len(self.steps) or bool(self.called and not self.has_modules),
             "a second accumulator by position": self.extra == "second accumulator" and self.position != LONG,
+            "gathers by positions": self.gather not in ("x[t]", "repeated") and self.position != LONG,
+            "pairs to repeat for": self.gather == "repeated" and self.selection != "pairs // K",
+            "layers that route": self.layers > 1 and self.takes_ids,
             "rows of no length": self.extra == "notes sizes" and self.position != LONG,
         }
         return next((rule for rule, broken in rules.items() if broken), None)
 
 
-BY_SLOT = ("where(mask[e])", "where(ids == e)", "nonzero(ids == e)", "pairs // K")
+BY_SLOT = (
+    "where(mask[e])",
+    "where(ids == e)",
+    "nonzero(ids == e)",
+    "weights[ids == e]",
+    "table of positions",
+    "pairs // K",
+)
 CAPACITY_OR_TABLE = ("capacity", "capacity mask", "dense by table")
 
 
-MOST_CHOICES = 48
+MOST_CHOICES = 56
 
 Choose = Callable[[Sequence[Any]], Any]
 """Picks one of a sequence."""
@@ -343,6 +362,8 @@ def build(choose: Choose) -> Program:
     extras = [extra for extra in EXTRAS if position == LONG or extra not in by_position]
     skips = ("none", "expert 1") if position == DENSE else ("none", *SKIPS[:-1])
     negative = routing == "dropped to -1" or given == "negative"
+    by_pair = selection == "pairs // K"
+    gathers = [gather for gather in GATHERS if position == LONG and (gather != "repeated" or by_pair)]
     return Program(
         routing=routing,
         given=given,
@@ -357,6 +378,7 @@ def build(choose: Choose) -> Program:
         skip="effect" if position != DENSE and seldom(40) else choose(skips),
         steps=tuple(steps),
         called=choose(range(len(steps) + 1)) if of_modules else 0,
+        gather=choose(("x[t]", *gathers)),
         weight=choose(("after", "before", "none")),
         combine=combine,
         start="x itself" if "x itself" in starts and seldom(20) else choose([s for s in starts if s != "x itself"]),
@@ -366,6 +388,7 @@ def build(choose: Choose) -> Program:
         inner=choose(("eager", "eager", "aot_eager")),
         dtype=dtype,
         grad=not seldom(5),
+        layers=2 if routing != "given" and seldom(10) else 1,
     )
 
 
@@ -437,7 +460,9 @@ class _Renderer:
     def weight(self) -> str:
         """Routing weight of each row, ``[n, 1]``."""
         selection, e = self.program.selection, self.index
-        if selection in ("where(mask[e])", "where(ids == e)", "nonzero(ids == e)"):
+        if selection == "weights[ids == e]":
+            return f"weights[ids == {e}].unsqueeze(-1)"
+        if selection in BY_SLOT[:-1]:
             return "weights[t, slot, None]"
         if selection == "pairs // K":
             return "weights.reshape(-1)[pair].unsqueeze(-1)"
@@ -609,6 +634,8 @@ class _Renderer:
                 f"first = F.one_hot(ids[:, 0], {e})",
                 "kept = first * (first.cumsum(0) <= 2)",
             ]
+        if program.gather == "repeated":
+            lines += [f"repeated = x.repeat_interleave({k}, dim=0)"]
         if program.selection == "dense by table":
             lines += [f"table = torch.zeros(tokens, {e}, dtype=x.dtype).scatter_add(1, ids, weights)"]
         return lines
@@ -649,10 +676,13 @@ class _Renderer:
             hit = "mask.sum(dim=(-1, -2)).greater(0)"
             if program.index == "where":
                 return [f"for e in torch.where({hit})[0]:"]
-            hits = f"hits = {hit}.nonzero()"
-            if program.index == "unpacked":
-                return [hits, "for (e,) in hits:"]
-            return [hits, "for e in hits.flatten():" if program.index == "flattened" else "for e in hits:"]
+            iterated = {
+                "unpacked": "for (e,) in hits:",
+                "flattened": "for e in hits.flatten():",
+                "tolist": "for e in hits.flatten().tolist():",
+                "column": "for e in hits[:, 0]:",
+            }.get(program.index, "for e in hits:")
+            return [f"hits = {hit}.nonzero()", iterated]
         if program.loop == MODULES:
             values = ".values()" if program.storage == "ModuleDict" else ""
             return [f"for e, expert in enumerate(self.experts{values}):"]
@@ -681,6 +711,8 @@ class _Renderer:
             "where(mask[e])": [f"slot, t = torch.where({self.at_expert('mask')})"],
             "where(ids == e)": [f"t, slot = torch.where(ids == {e})"],
             "nonzero(ids == e)": [f"t, slot = (ids == {e}).nonzero(as_tuple=True)"],
+            "weights[ids == e]": [f"t, slot = torch.where(ids == {e})"],
+            "table of positions": [f"found = torch.nonzero(ids == {e})", "t, slot = found[:, 0], found[:, 1]"],
             "pairs // K": [f"pair = (ids.reshape(-1) == {e}).nonzero().squeeze(-1)", f"t = pair // {program.top_k}"],
             "any(-1)": [f"t = (ids == {e}).any(-1)"],
             "any(-1).nonzero()": [f"t = (ids == {e}).any(dim=-1).nonzero()[:, 0]"],
@@ -708,7 +740,16 @@ class _Renderer:
     def rows(self) -> tuple[list[str], list[str]]:
         """The lines of the expert's ``forward``, and those of the loop's body."""
         program, forward = self.program, []
-        lines = [f"h = {self.of_rows('x')}"]
+        taken = {
+            "x[t]": self.of_rows("x"),
+            "index_select": "x.index_select(0, t)",
+            "x[t, :]": "x[t, :]",
+            "x[None, t]": f"x[None, t].reshape(-1, {HIDDEN})",
+            "gather": f"x.gather(0, t.unsqueeze(-1).expand(-1, {HIDDEN}))",
+            "embedding": "F.embedding(t, x)",
+            "repeated": "repeated[pair]",
+        }
+        lines = [f"h = {taken[program.gather]}"]
         weigh = f"h = h * {self.weight()}"
         if program.weight == "before":
             lines += [weigh]
@@ -846,14 +887,29 @@ class _Renderer:
             made += ["self.notes = []"]
         made += self._experts()
         arguments = "x, ids, weights" if program.takes_ids else "x"
-        return [
-            "class Block(nn.Module):",
+        name = "Block" if program.layers == 1 else "Layer"
+        lines = [
+            f"class {name}(nn.Module):",
             "    def __init__(self):",
             *_indented(made, 2),
             "",
             f"    def forward(self, {arguments}):",
             *_indented(forward, 2),
         ]
+        if program.layers == 1:
+            return lines
+        text = f"""
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range({program.layers}))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x"""
+        return [*lines, *text.splitlines()]
 
     def _experts(self) -> list[str]:
         program, e = self.program, self.program.experts
@@ -921,7 +977,13 @@ class Defect(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a program: ``rewritten``, ``refused``, ``silent`` (unrolled) or ``invalid`` (eager fails)."""
+    """What became of a program.
+
+    Attributes:
+        kind: ``rewritten``; ``refused``; ``silent``: unrolled without a word; ``invalid``: eager fails; ``stock``: it
+            is left as it is, and stock ``torch.compile`` fails; ``defect``.
+        reasons: why it is refused, or the label of the defect.
+    """
 
     kind: str
     reasons: tuple[str, ...] = ()
@@ -972,9 +1034,18 @@ def observe(run: Callable[..., Tensor], module: nn.Module, args: tuple[Tensor, .
         observed.update({f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad})
     observed.update({f"argument {i} after": arg.detach().clone() for i, arg in enumerate(args)})
     observed.update({f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()})
-    names = [name for name in ("calls", "notes") if hasattr(module, name)]
-    observed.update({f"attribute {name}": copy.copy(getattr(module, name)) for name in names})
+    for path, part in module.named_modules():
+        names = [name for name in ("calls", "notes") if hasattr(part, name)]
+        observed.update({f"attribute {path}.{name}": copy.copy(getattr(part, name)) for name in names})
     return observed
+
+
+@torch.no_grad()
+def train(module: nn.Module) -> None:
+    """A step along the gradient that the last call left."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter -= 0.01 * parameter.grad.nan_to_num(0.0).clamp(-1, 1)
 
 
 def difference(given: Observed, wanted: Observed, exact: Observed | None) -> str | None:
@@ -1053,50 +1124,86 @@ def check(program: Program) -> Outcome:
         Defect: they differ, the compiled one fails, or a loop over hits is neither rewritten nor reported.
     """
     assert program.problem() is None, program.problem()
-    torch._dynamo.reset()
-    block, dtype = make_class(program), DTYPES[program.dtype]
-
-    def made(dtype: torch.dtype) -> nn.Module:
-        torch.manual_seed(1)
-        return block().to(DTYPES[program.dtype]).to(dtype)
-
-    eager, model, double = made(dtype), made(dtype), made(torch.float64)
-    calls = [arguments(program, call) for call in range(len(program.tokens))]
-    wanted = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for args in calls:
-            try:
-                wanted.append(observe(eager, eager, args, program.grad))
-            except Exception:  # no program that anybody has
-                return Outcome("invalid")
-        options = {"inner": program.inner, "experts": program.experts_backend}
-        compiled = torch.compile(model, backend="moe_rewrite", options=options)
-        with logged() as lines:
-            for args, expected in zip(calls, wanted, strict=True):
-                exact = None
-                if program.dtype != "float64":
-                    raised = tuple(arg.double() if arg.is_floating_point() else arg for arg in args)
-                    exact = observe(double, double, raised, program.grad)
-                try:
-                    given = observe(compiled, model, args, program.grad)
-                except Exception as error:
-                    # Not `from error`: its frames hold fake tensors, which a test runner must not print.
-                    raise Defect("CRASH", _error(error), program) from None
-                what = difference(given, expected, exact)
-                if what is not None:
-                    became = "; ".join(lines) or "nothing was reported"
-                    raise Defect("WRONG", f"{what} ({became})", program)
+    wanted = _expected(program)
+    if wanted is None:
+        return Outcome("invalid")
+    options = {"inner": program.inner, "experts": program.experts_backend}
+    with logged() as lines:
+        defect = _compare(program, wanted, backend="moe_rewrite", options=options)
+    rewritten = any(f"-> {program.experts_backend}" in line for line in lines)
+    if defect is not None:
+        if not rewritten and _compare(program, wanted, backend=program.inner) is not None:
+            return Outcome("stock")
+        became = "; ".join(lines) or "nothing was reported"
+        raise Defect(defect[0], f"{defect[1]} ({became})" if defect[0] == "WRONG" else defect[1], program)
     refused = [line.removeprefix(LEFT) for line in lines if line.startswith(LEFT)]
     if refused:
         if not all(_reason(line) for line in refused):
             raise Defect("SILENT", f"a refusal without a reason: {refused}", program)
         return Outcome("refused", tuple(dict.fromkeys(map(_reason, refused))))
-    if any(f"-> {program.experts_backend}" in line for line in lines):
+    if rewritten:
         return Outcome("rewritten")
     if program.loop == HITS and any(program.tokens):
         raise Defect("SILENT", f"the loop is not rewritten, and nothing says why: {lines}", program)
     return Outcome("silent")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """What one call is to give: in eager, and in float64 where the program's dtype is a lower one."""
+
+    args: tuple[Tensor, ...]
+    eager: Observed
+    exact: Observed | None
+
+
+def _module(program: Program, dtype: torch.dtype) -> nn.Module:
+    """A new module with the program's parameters, as its dtype rounds them."""
+    torch.manual_seed(1)
+    return make_class(program)().to(DTYPES[program.dtype]).to(dtype)
+
+
+def _expected(program: Program) -> list[_Expected] | None:
+    """Of each call; None where one fails: no program that anybody has."""
+    eager, double = (_module(program, dtype) for dtype in (DTYPES[program.dtype], torch.float64))
+    expected = []
+    for call in range(len(program.tokens)):
+        args, exact = arguments(program, call), None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                seen = observe(eager, eager, args, program.grad)
+            except Exception:
+                return None
+            if program.dtype != "float64":
+                raised = tuple(arg.double() if arg.is_floating_point() else arg for arg in args)
+                exact = observe(double, double, raised, program.grad)
+        expected.append(_Expected(args, seen, exact))
+        if exact is None:
+            train(eager)
+    return expected
+
+
+def _compare(program: Program, wanted: list[_Expected], **how: Any) -> tuple[str, str] | None:
+    """What is wrong with the program compiled in this way: ``(label, what)``."""
+    torch._dynamo.reset()
+    model = _module(program, DTYPES[program.dtype])
+    compiled = torch.compile(model, **how)
+    for call in wanted:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                given = observe(compiled, model, call.args, program.grad)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                return "CRASH", _error(error)
+        what = difference(given, call.eager, call.exact)
+        if what is not None:
+            return "WRONG", what
+        if call.exact is None:
+            train(model)
+    return None
 
 
 def _error(error: BaseException) -> str:
@@ -1227,6 +1334,7 @@ DIMENSIONS: dict[str, Callable[[Program], Iterable[str]]] = {
     "loop": lambda p: [p.loop],
     "index of hits": lambda p: [p.index] if p.loop == HITS else [],
     "selection": lambda p: [p.selection],
+    "rows taken by": lambda p: [p.gather],
     "skip": lambda p: [p.skip],
     "combine": lambda p: [f"{p.combine} ({p.position})"],
     "start of the result": lambda p: [p.start],
@@ -1235,6 +1343,7 @@ DIMENSIONS: dict[str, Callable[[Program], Iterable[str]]] = {
     "trap": lambda p: sorted(set(p.steps) & set(TRAPS)),
     "besides": lambda p: [p.extra] if p.extra != "none" else [],
     "dtype": lambda p: [p.dtype],
+    "layers": lambda p: [str(p.layers)],
     "tokens": lambda p: [", then ".join(map(str, p.tokens))] if len(p.tokens) == 1 else ["two numbers, in two calls"],
 }
 
@@ -1264,6 +1373,7 @@ do not count.
 | rewritten | {kinds["rewritten"]} |
 | left as it is, with a reason | {kinds["refused"]} |
 | a loop of known length that Dynamo unrolls, without a word | {kinds["silent"]} |
+| left as it is, and stock `torch.compile` fails in the same way | {kinds["stock"]} |
 | wrong, failed, or not reported | {kinds["defect"]} |
 
 The dimensions are drawn apart from each other, so that many a program holds several things that no model has at
