@@ -820,8 +820,8 @@ class _Renderer:
             "scatter_add": [f"out = out.scatter_add(0, {spread}, {y})"],
             "index_add": [f"out = out.index_add(0, t, {y})"],
             "index_copy_": [f"out.index_copy_(0, t, {y})"],
-            "out + zeros.index_add": [f"out = out + torch.zeros_like(out).index_add(0, t, {y})"],
-            "masked_scatter": [f"out = out + torch.zeros_like(out).masked_scatter(t.unsqueeze(-1), {y})"],
+            "out + zeros.index_add": [f"out = out + torch.zeros_like(x).index_add(0, t, {y})"],
+            "masked_scatter": [f"out = out + torch.zeros_like(x).masked_scatter(t.unsqueeze(-1), {y})"],
             "cat": ["positions.append(t)", f"results.append({y})"],
             "out + y": [f"out = out + {y}"],
             "torch.add": [f"out = torch.add(out, {y})"],
@@ -1143,7 +1143,8 @@ def check(program: Program) -> Outcome:
         return Outcome("refused", tuple(dict.fromkeys(map(_reason, refused))))
     if rewritten:
         return Outcome("rewritten")
-    if program.loop == HITS and any(program.tokens):
+    does_something = max(program.tokens) > (1 if program.selection == "expert choice" else 0)
+    if program.loop == HITS and does_something:
         raise Defect("SILENT", f"the loop is not rewritten, and nothing says why: {lines}", program)
     return Outcome("silent")
 
