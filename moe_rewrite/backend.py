@@ -25,7 +25,7 @@ TESTED_TORCH = ("2.11", "2.13")
 
 try:
     from moe_rewrite.capture import dynamo, frames
-    from moe_rewrite.capture.modules import with_tables
+    from moe_rewrite.capture.modules import with_tables, writes_into
 
     _unavailable = ""
 except (ImportError, AttributeError) as _error:  # torch moved its private parts
@@ -62,6 +62,8 @@ def moe_rewrite(
     if refused and capture is None:
         session.refused(refused)
         raise LoopRefused(refused)
+    if capture is not None and writes_into(gm, capture.tables):
+        refused = [plan.report.refused(_WRITTEN) for plan in plans if plan.report is not None]
     if refused and capture is not None:
         capture.give_up(refused)
     reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
@@ -70,6 +72,9 @@ def moe_rewrite(
     session.rewritten(reports)
     compiled = compile_inner(gm, example_inputs, parsed)
     return compiled if capture is None else with_tables(gm, capture.tables, compiled)
+
+
+_WRITTEN = "the graph writes into a parameter of the experts"
 
 
 def _has_unknown_sizes_of_its_own(gm: fx.GraphModule) -> bool:

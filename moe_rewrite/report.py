@@ -39,6 +39,10 @@ class LoopReport:
     def of_refusal(cls, refusal: Refusal, loop: ExpertsLoop | None = None, before: str = "") -> LoopReport:
         return cls(refusal.path, refusal.location, loop, refusal, "eager", refusal.reason, before)
 
+    def refused(self, reason: str) -> LoopReport:
+        """The same loop, left as it is for a ``reason``."""
+        return LoopReport.of_refusal(Refusal(self.path, self.location, reason), self.loop, self.before)
+
     def __str__(self) -> str:
         """One line, as the log has it."""
         if self.refusal is not None:

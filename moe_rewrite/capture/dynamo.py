@@ -23,7 +23,9 @@ from torch._dynamo import current_scope_id
 from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import (
+    RestartAnalysis,
     ShortenTraceback,
+    SkipFrame,
     TensorifyScalarRestartAnalysis,
     Unsupported,
     UserError,
@@ -47,8 +49,10 @@ from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 __all__ = [
+    "BuiltinVariable",
     "InstructionTranslator",
     "IteratorVariable",
     "SymNodeVariable",
@@ -61,6 +65,10 @@ __all__ = [
 
 DYNAMO_ERRORS = (Unsupported, UserError, GuardOnDataDependentSymNode)
 """What Dynamo raises where it cannot trace on. torch 2.11, 2.13."""
+
+
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
+"""What Dynamo raises to go on in another way. torch 2.11, 2.13."""
 
 
 class RestartFrame(TensorifyScalarRestartAnalysis):  # type: ignore[misc]
@@ -203,8 +211,7 @@ _NEVER_FALLS_THROUGH = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACK
 def is_live(tx: Any, name: str) -> bool:
     """Whether local variable ``name`` may still be read, unchanged, from the current instruction on.
 
-    Dynamo's own ``livevars_analysis`` calls every variable of a body with a ``continue`` live. Paths that only an
-    exception takes are left out: an exception that the body raises is not traced either. torch 2.11, 2.13.
+    Dynamo's own ``livevars_analysis`` calls every variable of a body with a ``continue`` live. torch 2.11, 2.13.
     """
     position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
     waiting, seen = [position[id(tx.current_instruction)]], set()
@@ -214,6 +221,8 @@ def is_live(tx: Any, name: str) -> bool:
             continue
         seen.add(i)
         instruction = tx.instructions[i]
+        if instruction.exn_tab_entry is not None:
+            waiting.append(position[id(instruction.exn_tab_entry.target)])
         names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
         if name in names and "FAST" in instruction.opname:
             if "LOAD" in instruction.opname:
@@ -356,11 +365,6 @@ def symbols_of(variable: Any) -> frozenset[Any]:
     return frozenset(getattr(getattr(variable.sym_num, "node", None), "expr", variable.sym_num).free_symbols)
 
 
-def is_known_positive(output: Any, symbol: Any) -> bool:
-    """Whether a size is known to be at least 1. torch 2.11, 2.13."""
-    return bool(output.shape_env.var_to_range[symbol].lower >= 1)
-
-
 def is_same_number(variable: Any, number: Any) -> bool:
     """Whether ``variable`` is the symbolic number ``number``. torch 2.11, 2.13."""
     if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
@@ -392,10 +396,20 @@ def is_alike_tensor(a: Any, b: Any) -> bool:
     return first.shape == second.shape and first.dtype is second.dtype and first.device == second.device
 
 
-def assume(output: Any, symbol: Any, empty: bool) -> None:
-    """Tell the shape environment that a size is 0, or that it is not. torch 2.11, 2.13."""
-    size = output.shape_env.create_symintnode(symbol, hint=None)
-    torch._check(size == 0 if empty else size >= 1)
+def truth_of_sizes(variable: Any, output: Any, is_some: dict[Any, bool]) -> bool | None:
+    """A symbolic truth, where each size in it is 0 or at least 1 as ``is_some`` says; None if that does not settle it.
+
+    Nothing is told to the shape environment: a size of at most 1 would become the number 1 in all later shapes.
+    torch 2.11, 2.13.
+    """
+    if not isinstance(variable.sym_num, torch.SymBool):
+        return None
+    expression = variable.sym_num.node.expr
+    ranges = dict(output.shape_env.var_to_range)
+    for symbol, some in is_some.items():
+        ranges[symbol] = ValueRanges(1, max(1, ranges[symbol].upper)) if some else ValueRanges(0, 0)
+    bounds = bound_sympy(expression, ranges)
+    return bool(bounds.lower) if bounds.is_singleton() else None
 
 
 # --- compiled modules ------------------------------------------------------------------------------------------------

@@ -24,14 +24,15 @@ from torch._dynamo.variables import (
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
-from torch._dynamo.variables.iter import ZipVariable
+from torch._dynamo.variables.iter import IteratorVariable, ZipVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVariable
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._guards import Guard
 
-from moe_rewrite.nodes import rows_of
+from moe_rewrite import markers
+from moe_rewrite.nodes import rows_of, shares_memory
 
 __all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
 
@@ -129,7 +130,10 @@ def is_list(variable: Any) -> bool:
 
 def module_value(variable: Any) -> nn.Module | None:
     """The module that a variable stands for, without tracing more of it. torch 2.11, 2.13."""
-    value = variable.peek_value() if isinstance(variable, LazyVariableTracker) else getattr(variable, "value", None)
+    if isinstance(variable, LazyVariableTracker) and not variable.is_realized():
+        value = variable.peek_value()
+    else:
+        value = variable.realize().value if _is_module(variable.realize()) else None
     return value if isinstance(value, nn.Module) and getattr(variable, "source", None) is not None else None
 
 
@@ -146,9 +150,12 @@ def container_items(tx: Any, variable: Any) -> tuple[Any, dict[str, nn.Module]] 
     return variable.source, dict(container._modules)
 
 
-def own_getitem(variable: Any) -> Any:
-    """The ``__getitem__`` of the module that a variable stands for; None where it stands for none."""
-    return getattr(type(variable.value), "__getitem__", None) if _is_module(variable) else None
+def is_like(variable: Any, cls: type[nn.Module], methods: tuple[str, ...]) -> bool:
+    """Whether a variable stands for a module that has all of ``methods`` from ``cls``."""
+    if not _is_module(variable):
+        return False
+    own = type(variable.value)
+    return all(getattr(own, name, None) is getattr(cls, name, None) for name in methods)
 
 
 def _is_module(variable: Any) -> bool:
@@ -240,3 +247,55 @@ def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], 
 def list_of(variable: Any) -> Any:
     """``[variable]``. torch 2.11, 2.13."""
     return ListVariable([variable], mutation_type=ValueMutationNew())
+
+
+def is_older(variable: Any, mark: Any) -> bool:
+    """Whether a tensor lies in memory that was there before the node of ``mark``. torch 2.11, 2.13."""
+    node, begin = variable.as_proxy().node, mark.as_proxy().node
+    before = True
+    for other in begin.graph.nodes:
+        before = before and other is not begin
+        # A row that was picked by the index is a part of something older, though its fake tensor is not.
+        if (before or other.target is markers.select) and (other is node or shares_memory(other, node)):
+            return True
+    return False
+
+
+def exhaust(iterator: Any) -> None:
+    """Leave an iterator, and those that it goes over, as after their last item. torch 2.11, 2.13."""
+    if isinstance(iterator, RangeIteratorVariable):
+        iterator.start, iterator.len = iterator.start + iterator.step * iterator.len, 0
+    elif isinstance(iterator, ListIteratorVariable):
+        iterator.index, iterator.is_exhausted = len(iterator.items), True
+    elif isinstance(iterator, ZipVariable):
+        for part in zipped(iterator) or []:
+            exhaust(part)
+        if hasattr(iterator, "iterables"):
+            iterator.index = max((len(part) for part in iterator.iterables if isinstance(part, list)), default=0)
+    elif isinstance(iterator, LocalGeneratorObjectVariable):
+        over = enumerated(iterator)
+        if over is not None and is_iterator(realized(over[0])):
+            exhaust(realized(over[0]))
+        iterator.inline_tracer.generator_exhausted = True
+    elif hasattr(iterator, "_iter"):
+        iterator._iter = iter(())
+
+
+def is_iterator(variable: Any) -> bool:
+    """Whether a variable is an iterator: going over it changes it. torch 2.11, 2.13."""
+    return isinstance(variable, (IteratorVariable, LocalGeneratorObjectVariable))
+
+
+def is_of_template(variable: Any) -> bool:
+    """Whether a variable is a module that is traced in the place of many. torch 2.11, 2.13."""
+    variable = variable.realize() if isinstance(variable, VariableTracker) else None
+    name = getattr(getattr(variable, "source", None), "name", "") if _is_module(variable) else ""
+    return TEMPLATE in (name() if callable(name) else name)
+
+
+def is_none(variable: Any) -> bool:
+    return bool(variable.is_python_constant() and variable.as_python_constant() is None)
+
+
+TEMPLATE = "moe_rewrite_template"
+"""What the globals are called that hold templates."""

@@ -80,8 +80,12 @@ class FrameCapture:
             self.restart_as_stock(refusals)
 
     def is_only_unrolled(self, loop: RolledIterator | None) -> bool:
-        """Whether stock Dynamo can trace what a refused loop leaves. It need not have been one over experts."""
+        """Whether a loop that is refused was one of known length that need not have been over experts at all."""
         return loop is not None and loop.site is not None and not loop.has_unknown_sizes
+
+    def is_unrolled(self, loop: RolledIterator | None) -> bool:
+        """Whether Dynamo can go on without ``loop`` rolled, in one graph where that is asked for."""
+        return self.is_only_unrolled(loop) or (loop is not None and loop.site is not None and bool(self.tx.one_graph))
 
     def restart_as_stock(self, refusals: list[Refusal]) -> NoReturn:
         """Trace the frame again with its loops left as stock Dynamo has them.
@@ -96,9 +100,11 @@ class FrameCapture:
             _report_refused(self, refusals[0].path, refusals[0].location)
         log = self.tx.speculation_log  # lives as long as the frame's tracing, restarts included
         log.clear()
-        if all(map(self.is_only_unrolled, loops)):
+        if all(map(self.is_unrolled, loops)):
             log.moe_rewrite_unrolled = self.unrolled | {loop.site for loop in loops if loop is not None}
             log.moe_rewrite_refusals = self.refusals
+            loud = [r for r, loop in zip(refusals, loops, strict=True) if not self.is_only_unrolled(loop)]
+            log.moe_rewrite_not_rolled = [*getattr(log, "moe_rewrite_not_rolled", []), *loud]
         else:
             log.moe_rewrite_refusals = [*self.refusals, *refusals]
         raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {'; '.join(map(str, refusals))}")
@@ -154,10 +160,17 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         try:
             with dynamo.same_scope_after():
                 return original(tx)
-        except dynamo.DYNAMO_ERRORS as error:
+        except dynamo.CONTROL_FLOW:
+            raise
+        except Exception as error:
+            if not isinstance(error, dynamo.DYNAMO_ERRORS) and not capture.loops:
+                raise
             if capture.deferred:
                 capture.restart_with_plain_lists()
             reason = _reason(error)
+            not_rolled = getattr(tx.speculation_log, "moe_rewrite_not_rolled", [])
+            if not_rolled and not capture.loops:
+                _say(f"{'; '.join(map(str, not_rolled))}. Unrolled, Dynamo cannot trace it in one graph: {reason}")
             if capture.loops:
                 capture.loops[-1].refuse(f"Dynamo cannot trace the body: {reason}")
             if not widened or isinstance(error, dynamo.Unsupported):
@@ -173,6 +186,11 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
     dynamo.wrap_method(dynamo.TensorVariable, "method_tolist", _to_list)
     dynamo.wrap_opcodes(lambda opcode: opcode == "GET_ITER", _get_iterator)
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
+    dynamo.wrap_opcodes(lambda opcode: opcode in ("IS_OP", "CONTAINS_OP", "COMPARE_OP"), _compare)
+    dynamo.wrap_method(dynamo.TensorVariable, "method_attr_requires_grad", _requires_grad)
+    for name in ("call_id", "call_hash"):
+        if hasattr(dynamo.BuiltinVariable, name):
+            dynamo.wrap_method(dynamo.BuiltinVariable, name, _identify)
     dynamo.wrap_opcodes(_formats_value, _format_value)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SUBSCR", _subscript)
     dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SUBSCR", _store_subscript)
@@ -249,11 +267,16 @@ def _report_refused(capture: FrameCapture, path: str, location: str) -> None:
     """Where there is no other way to trace a loop that was refused, say why."""
     refusal = capture.refusal_of(path, location)
     if refusal is not None:
-        dynamo.graph_break(
-            "Mixture-of-Experts loop not rewritten",
-            f"moe_rewrite leaves this loop as it is: {refusal}",
-            ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
-        )
+        _say(str(refusal))
+
+
+def _say(refusal: str) -> NoReturn:
+    """End the graph with our reason."""
+    dynamo.graph_break(
+        "Mixture-of-Experts loop not rewritten",
+        f"moe_rewrite leaves this loop as it is: {refusal}",
+        ["Compile without fullgraph=True: the loop then runs in Python, as with every other backend."],
+    )
 
 
 def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = None) -> Any:
@@ -261,9 +284,10 @@ def _evaluate_size(original: Callable[..., Any], variable: Any, output: Any = No
     capture = _tracing(output)
     if capture is not None:
         answer = capture.loops[-1].decide_number(variable)
+        if answer is None:
+            answer = capture.loops[-1].decide_rows(variable, output)
         if answer is not None:
             return answer
-        capture.loops[-1].suppose_rows(variable, output)
     return original(variable, output)
 
 
@@ -306,6 +330,32 @@ def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) ->
             tx.stack[-3:] = []
             return None
     return original(tx, instruction)
+
+
+def _compare(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``expert is self.experts[0]``, ``expert in special`` in a body: the template is none of the experts."""
+    capture = _tracing(tx.output)
+    compared = tx.stack[-2:] if capture is not None else []
+    if any(map(dynamo_modules.is_of_template, compared)) and not any(map(dynamo_modules.is_none, compared)):
+        assert capture is not None
+        capture.loops[-1].refuse("the body asks which of the experts it has", tx)
+    return original(tx, instruction)
+
+
+def _identify(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any) -> Any:
+    """``id(expert)`` in a body."""
+    capture = _tracing(tx.output)
+    if capture is not None and any(map(dynamo_modules.is_of_template, args)):
+        capture.loops[-1].refuse("the body asks which of the experts it has", tx)
+    return original(builtin, tx, *args)
+
+
+def _requires_grad(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
+    """``weight.requires_grad`` in a body: not the same for all experts where some are frozen."""
+    capture = _tracing(tx.output)
+    if capture is not None and capture.loops[-1].has_frozen_experts:
+        capture.loops[-1].refuse("the body asks what requires a gradient, and that differs between experts", tx)
+    return original(tensor, tx)
 
 
 def _formats_value(opcode: str) -> bool:
@@ -359,6 +409,7 @@ def _advance_iterator(original: Callable[..., Any], iterator: Any, tx: Any) -> A
     iterator.moe_rewrite_seen = True
     if loop is None:
         return original(iterator, tx)
+    dynamo_modules.exhaust(iterator)
     tx.stack[-1] = loop
     return loop.next_variable(tx)
 

@@ -26,6 +26,8 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.loop = loop
         self.original = original
+        self._items = original.items
+        original.items = _Unreadable(self._items, loop)  # whatever name, attribute or container it is read by
         self.appended: list[Any] = []
 
     def python_type(self) -> type:
@@ -45,13 +47,33 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         """The tensor of what all iterations append, ``[iterations, ...]``; None where they append nothing."""
         if not self.appended:
             return None
+        if dynamo_modules.is_older(self.appended[0], index):
+            self.loop.refuse("what is appended to a list was there before the iteration")
         return dynamo.call_in_graph(tx, markers.collect, [index, self.appended[0], len(self.loop.values)])
+
+    def end(self) -> None:
+        """The list may be read again."""
+        self.original.items = self._items
 
     def extend(self, tx: Any, collected: Any) -> None:
         """Append all of ``collected`` to the list that this one stands in for."""
         for i in range(len(self.loop.values)):
             item = dynamo_modules.compute(tx, operator.getitem, collected, i)
             self.original.call_method(tx, "append", [item], {})
+
+
+class _Unreadable(list[Any]):
+    """The items of a list that has other items in every iteration."""
+
+    def __init__(self, items: list[Any], loop: RolledIterator) -> None:
+        super().__init__(items)
+        self._loop = loop
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        self._loop.refuse("the body reads a list that it appends to")
+
+    __len__ = __iter__ = __getitem__ = __contains__ = __reversed__ = __add__ = __mul__ = __eq__ = _refuse  # type: ignore[assignment]
+    append = extend = insert = pop = remove = clear = index = count = copy = sort = reverse = _refuse  # type: ignore[assignment]
 
 
 class NumbersOfTensor(dynamo.VariableTracker):  # type: ignore[misc]

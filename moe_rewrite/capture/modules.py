@@ -7,13 +7,17 @@ of the modules, whose parameters are ``moe_rewrite.select(table, 0, index)``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from moe_rewrite import markers, packing
 from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.nodes import is_written_to
+
+_PICKING = ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index")
+"""What decides which module of a container an index picks."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,25 +37,23 @@ class ExpertModules:
     @classmethod
     def of_container(cls, tx: Any, container: Any) -> ExpertModules | None:
         """Those of a ``ModuleList`` (or the like), as its ``[index]`` finds them; None for other variables."""
-        if dynamo_modules.own_getitem(container) is not nn.ModuleList.__getitem__:
+        if not dynamo_modules.is_like(container, nn.ModuleList, _PICKING):
             return None
-        return cls._of_dict(dynamo_modules.container_items(tx, container))
+        found = dynamo_modules.container_items(tx, container)
+        return None if found is None else cls._of_dict(found, list(map(str, range(len(found[1])))))
 
     @classmethod
     def of_dict(cls, tx: Any, container: Any, keys: list[str]) -> ExpertModules | None:
         """Those that a ``ModuleDict`` has under ``keys``; None for other variables, and where one is missing."""
-        if dynamo_modules.own_getitem(container) is not nn.ModuleDict.__getitem__:
+        if not dynamo_modules.is_like(container, nn.ModuleDict, _PICKING):
             return None
         return cls._of_dict(dynamo_modules.container_items(tx, container), keys)
 
     @classmethod
-    def _of_dict(
-        cls, found: tuple[Any, dict[str, nn.Module]] | None, keys: list[str] | None = None
-    ) -> ExpertModules | None:
+    def _of_dict(cls, found: tuple[Any, dict[str, nn.Module]] | None, keys: list[str]) -> ExpertModules | None:
         if found is None:
             return None
         source, modules = found
-        keys = list(modules) if keys is None else keys
         if not keys or any(key not in modules for key in keys):
             return None
         return cls(source, tuple(keys), tuple(modules[key] for key in keys))
@@ -78,9 +80,9 @@ class ExpertModules:
         except packing.NotAlike as error:
             loop.refuse(f"the experts are modules that are not alike: {error}", tx)
         dynamo_modules.guard_on(self.source, _unchanged(pack, self.keys), "the experts' modules and parameters")
-        template = dynamo_modules.global_variable(tx, "moe_rewrite_template", pack.template)
+        template = dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, pack.template)
         if id(pack) not in path.templates:
-            path.templates[id(pack)] = Template.start(tx, loop, pack)
+            path.templates[id(pack)] = Template.start(tx, loop, pack, self.modules)
         return template
 
 
@@ -97,9 +99,10 @@ class Template:
     """A template whose parameters stand for those of the expert at a loop's index, while a path is traced."""
 
     tensors: tuple[Any, ...]
+    is_mixed: bool
 
     @classmethod
-    def start(cls, tx: Any, loop: Any, pack: Any) -> Template:
+    def start(cls, tx: Any, loop: Any, pack: Any, modules: Sequence[nn.Module]) -> Template:
         index = loop.path.index.as_scalar(tx).as_tensor()
         tensors = []
         for name in pack.names:
@@ -109,7 +112,8 @@ class Template:
             selected = dynamo.call_in_graph(tx, markers.select, [table, 0, index])
             dynamo_modules.stand_in(tx, tensor, selected)
             tensors.append(tensor)
-        return cls(tuple(tensors))
+        asked = {tuple(parameter.requires_grad for parameter in module.parameters()) for module in modules}
+        return cls(tuple(tensors), len(asked) > 1)
 
     def end(self, tx: Any) -> None:
         for tensor in self.tensors:
@@ -125,9 +129,18 @@ def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
         picked = ExpertModules.of_container(tx, container)
     else:
         return None
+    if picked is not None and loop.site is not None and max(loop.path.experts) >= len(picked):
+        return loop.refuse(f"the loop goes on after the last of {len(picked)} experts", tx)
     if picked is not None:
         return picked.at_index(tx, loop)
     return loop.refuse("the expert's index picks from something that is no plain container of modules", tx)
+
+
+def writes_into(gm: fx.GraphModule, tables: dict[int, tuple[Any, str]]) -> bool:
+    """Whether the graph writes into a parameter that is a row of one of ``tables``: it would read the table as it was."""
+    rows = {id(row) for pack, name in tables.values() for row in pack.members(name)}
+    inputs = gm.graph.find_nodes(op="placeholder")
+    return any(id(dynamo_modules.graph_input(node)) in rows and is_written_to(node) for node in inputs)
 
 
 def with_tables(gm: fx.GraphModule, tables: dict[int, tuple[Any, str]], compiled: Callable[..., Any]) -> Any:

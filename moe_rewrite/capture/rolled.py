@@ -24,6 +24,10 @@ MAX_PATHS = 8
 """How many different ways through one body are traced before the loop is refused."""
 
 
+MAX_QUESTIONS = 16
+"""How many questions about tensors one way through the body may answer: ``while tensor:`` would never end."""
+
+
 @dataclasses.dataclass
 class Path:
     """One way through the body of a loop, while it is being traced.
@@ -34,6 +38,7 @@ class Path:
         asked: how many such questions there were so far.
         rows: whether Python was told that the expert has rows, as in ``loop_end``.
         index: the variable of the symbolic row.
+        is_some: what was supposed of each number of rows that was asked about: at least 1, or 0.
         number: the variable of the index as a Python number, once the body has asked for it.
         carried: the variable of each local that one iteration leaves to the next, at the start of the iteration.
         lists: what stands in for each list that the body appends to, by the name of the local variable.
@@ -49,6 +54,7 @@ class Path:
     state_at_start: dict[Any, Any]
     asked: int = 0
     rows: int = markers.ANY_ROWS
+    is_some: dict[Any, bool] = dataclasses.field(default_factory=dict)
     number: Any = None
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
     lists: dict[str, CollectingList] = dataclasses.field(default_factory=dict)
@@ -112,6 +118,11 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             index = () if self.path.number is None else dynamo.symbols_of(self.path.number)
             self._made_unknown_sizes |= bool(born.difference(index))
         return self._made_unknown_sizes
+
+    @property
+    def has_frozen_experts(self) -> bool:
+        """Whether some experts' parameters require a gradient and others' do not."""
+        return self.path is not None and any(template.is_mixed for template in self.path.templates.values())
 
     def python_type(self) -> type:
         iterator_type: type = type(iter(()))  # what iter(tensor) is in eager
@@ -196,6 +207,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             if now.get(name) is not stand_in or (collected[name] is not None and not alone):
                 self.refuse(f"not every iteration appends to the list `{name}` in the same way", tx)
             dynamo.set_local_variable(tx, name, stand_in.original)
+            stand_in.end()
             if collected[name] is not None:
                 stand_in.extend(tx, collected[name])
         for template in path.templates.values():
@@ -228,27 +240,31 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         """Answer a question that is not about the index: "yes" on this path, "no" on another one."""
         path = self.path
         assert path is not None
+        if path.asked == MAX_QUESTIONS:
+            self.refuse("the body asks about values of tensors over and over")
         if path.asked == len(path.answers):
             self.waiting.append((list(path.experts), [*path.answers, False]))
             path.answers.append(True)
         path.asked += 1
         return path.answers[path.asked - 1]
 
-    def suppose_rows(self, variable: Any, output: Any) -> None:
-        """Before a number or truth that depends on how many rows there are is read: suppose some, or suppose none.
+    def decide_rows(self, variable: Any, output: Any) -> bool | None:
+        """Answer a question about how many rows there are: suppose some, or suppose none.
 
-        A loop over the experts that were hit has no iteration without rows.
+        None where ``variable`` is something else, or where that does not answer it. A loop over the experts that were
+        hit has no iteration without rows.
         """
         path = self.path
         if path is None:
-            return
-        for symbol in dynamo.unknown_sizes(variable, output, path.symbols_at_start):
-            if path.number is not None and symbol in dynamo.symbols_of(path.number):
-                continue
-            some = self.site is None or dynamo.is_known_positive(output, symbol) or self.answer()
-            dynamo.assume(output, symbol, empty=not some)
+            return None
+        index = dynamo.symbols_of(path.number) if path.number is not None else frozenset()
+        sizes = [s for s in dynamo.unknown_sizes(variable, output, path.symbols_at_start) if s not in index]
+        for symbol in sizes:
+            if symbol not in path.is_some:
+                path.is_some[symbol] = self.site is None or self.answer()
             if path.rows != markers.NO_ROWS:
-                path.rows = markers.SOME_ROWS if some else markers.NO_ROWS
+                path.rows = markers.SOME_ROWS if path.is_some[symbol] else markers.NO_ROWS
+        return dynamo.truth_of_sizes(variable, output, path.is_some) if sizes else None
 
     def is_index(self, variable: Any) -> bool:
         """Whether ``variable`` is the loop's index, as a tensor or as a number."""

@@ -81,6 +81,8 @@ def elements(tx: Any, iterator: Any) -> Elements | None:
         return None if inner is None else Tuple((Numbers(range(start, start + len(inner))), inner))
     zipped = dynamo_modules.zipped(iterator)
     if zipped is not None:
+        if len({id(part) for part in zipped}) < len(zipped):
+            return None  # `zip(iterator, iterator)` takes turns
         parts = [_of_iterable(tx, part) for part in zipped]
         pair = None if not parts or any(part is None for part in parts) else Tuple(tuple(filter(None, parts)))
         return pair if pair is not None and pair.even else None

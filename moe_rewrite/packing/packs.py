@@ -116,6 +116,14 @@ class Pack:
         """
         return self._table(name).leaf(self._wants_grad[name])
 
+    def members(self, name: str) -> tuple[Tensor, ...]:
+        """Each expert's own ``name``.
+
+        Raises:
+            MoeRewriteError: there is no such name.
+        """
+        return self._table(name).members
+
     def inputs(self, name: str) -> Tensor:
         """What a call of the traced code gets for ``table(name)``.
 

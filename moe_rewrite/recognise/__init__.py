@@ -396,6 +396,8 @@ def _experts(region: Region, steps: tuple[Step, ...]) -> tuple[tuple[range, ...]
             limit = size if limit is None else min(limit, size)
     clipped = [range(r.start, r.stop if limit is None else min(r.stop, limit)) for r in region.experts]
     experts = tuple(r for r in clipped if len(r))
+    if experts != region.experts and length_of_range(region.hits) is not None:
+        raise Refused(f"the loop goes on after the last of {limit} experts")
     if not experts:
         raise Refused("the loop has no expert")
     return experts, max(r.stop for r in experts)
