@@ -1,0 +1,27 @@
+"""What is left as it is, and why. An entry whose loop is rewritten after all fails its test, and has to be removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+_SPLIT = "rows are split by sizes that are read back as a list: one graph, unrolled"
+
+NOT_REWRITTEN = {
+    "AriaGroupedExpertsGemm": "rows are sliced between two entries of a running sum",
+    "DeepseekV2MoE": "rows are sliced by a running sum of counts that are read back",
+    "GraniteMoeHybridParallelExperts": _SPLIT,
+    "GraniteMoeParallelExperts": _SPLIT,
+    "GraniteMoeSharedParallelExperts": _SPLIT,
+    "JetMoeParallelExperts": _SPLIT,
+    "LongcatFlashMoE": "the last experts are modules of another class, nn.Identity",
+    "NllbMoeSparseMLP": "rows are read from, and written into, a tensor for each expert",
+    "SwitchTransformersSparseMLP": "the hits are read back as a list",
+}
+"""By the name of the class that loops."""
+
+
+def marks_of(name: str) -> list[Any]:
+    """The marks of a test that has to fail for the classes above."""
+    return [pytest.mark.xfail(strict=True, reason=NOT_REWRITTEN[name])] if name in NOT_REWRITTEN else []
