@@ -183,6 +183,9 @@ EXTRAS = (
     "expert used after",
 )
 
+VALUES = ("ordinary", "infinite token", "zero token", "transposed", "without gradient")
+"""What the hidden states are like; ``transposed``: in memory."""
+
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -195,6 +198,9 @@ class Program:
         given: what the ids are like where they are arguments.
         experts: number of experts.
         top_k: slots of a token.
+        ids_dtype: of ids that are arguments.
+        wide_weights: the weights are float32, where the dtype is a lower one.
+        values: one of ``VALUES``.
         tokens: how many tokens each call has, one after the other.
         batched: whether the input is ``[B, S, H]``.
         mask: the mask ``[E, K, T]`` is ``one_hot`` or compares with ``arange``.
@@ -219,6 +225,9 @@ class Program:
 
     routing: str = "softmax"
     given: str = "distinct"
+    ids_dtype: str = "int64"
+    wide_weights: bool = False
+    values: str = "ordinary"
     experts: int = 4
     top_k: int = 2
     tokens: tuple[int, ...] = (5,)
@@ -277,6 +286,11 @@ class Program:
         negative = self.routing == "dropped to -1" or (self.takes_ids and self.given == "negative")
         rules = {
             "one_hot of negative ids": negative and self.mask == "one_hot",
+            "unsigned negative ids": self.given == "negative" and self.ids_dtype == "uint8",
+            "ids that the module makes": self.ids_dtype != "int64" and not self.takes_ids,
+            "no lower dtype": self.wide_weights and self.dtype != "bfloat16",
+            "one_hot of other ids": self.ids_dtype != "int64" and self.selection in CAPACITY_OR_TABLE,
+            "no error to compare": self.dtype != "float64" and self.values == "infinite token",
             "argmax gives one": self.routing == "argmax" and self.top_k != 1,
             "more slots than experts": self.top_k > self.experts,
             "no scores": "threshold" in self.selection and self.dtype != "float64",
@@ -314,7 +328,7 @@ BY_SLOT = (
 CAPACITY_OR_TABLE = ("capacity", "capacity mask", "dense by table")
 
 
-MOST_CHOICES = 56
+MOST_CHOICES = 64
 
 Choose = Callable[[Sequence[Any]], Any]
 """Picks one of a sequence."""
@@ -332,12 +346,14 @@ def build(choose: Choose) -> Program:
     given = choose(GIVEN_IDS) if routing == "given" else "distinct"
     in_range = not routing.startswith("dropped") and given not in ("sentinels", "negative")
     batched = seldom(3)
+    other_ids = ("int32",) if given == "negative" else ("int32", "uint8")
+    ids_dtype = choose(other_ids) if routing == "given" and seldom(5) else "int64"
     selection = choose(
         [
             name
             for name, position in SELECTIONS.items()
             if not (position == COLUMNS and not batched)
-            and not (name in CAPACITY_OR_TABLE and not in_range)
+            and not (name in CAPACITY_OR_TABLE and (not in_range or ids_dtype != "int64"))
             and not (low_precision and ("threshold" in name or name == "expert choice"))
         ]
     )
@@ -367,6 +383,9 @@ def build(choose: Choose) -> Program:
     return Program(
         routing=routing,
         given=given,
+        ids_dtype=ids_dtype,
+        wide_weights=dtype == "bfloat16" and seldom(2),
+        values=choose(VALUES if dtype == "float64" else ("ordinary",)) if seldom(4) else "ordinary",
         experts=choose((4, 3)),
         top_k=1 if routing == "argmax" else choose((2, 1, 3)),
         tokens=tuple(choose(USUAL_TOKENS) for _ in range(choose((1, 1, 2)))),
@@ -626,7 +645,8 @@ class _Renderer:
         if program.selection == "where(mask[e])" or program.loop == HITS:
             if program.mask == "one_hot":
                 classes = e if program.in_range else e + 4
-                lines += [f"mask = F.one_hot({flat}, {classes}).permute(2, 1, 0)"]
+                long = flat if program.ids_dtype == "int64" else f"{flat}.long()"
+                lines += [f"mask = F.one_hot({long}, {classes}).permute(2, 1, 0)"]
             else:
                 lines += [f"mask = ({flat}.unsqueeze(-1) == torch.arange({e})).permute(2, 1, 0)"]
         if program.selection.startswith("capacity"):
@@ -751,6 +771,8 @@ class _Renderer:
         }
         lines = [f"h = {taken[program.gather]}"]
         weigh = f"h = h * {self.weight()}"
+        if program.wide_weights:
+            weigh = f"h = (h * {self.weight()}).to(x.dtype)"
         if program.weight == "before":
             lines += [weigh]
         if program.has_modules:
@@ -785,7 +807,7 @@ class _Renderer:
             "none": ([], [], []),
             "second accumulator": (
                 ["total = x.new_zeros(tokens)"],
-                [f"total.index_add_(0, t, ({weight})[:, 0])"],
+                [f"total.index_add_(0, t, ({weight})[:, 0].to(total.dtype))"],
                 ["out = out + total.unsqueeze(-1)"],
             ),
             "counts calls": ([], ["self.calls += 1"], []),
@@ -1010,8 +1032,17 @@ def arguments(program: Program, call: int) -> tuple[Tensor, ...]:
         ids = torch.where(marked, torch.where(weights > 0.7, e, e + 3), ids)
     elif program.given == "negative":
         ids = torch.where(marked, -1, ids)
+    if program.values == "infinite token":
+        x[1:2, 0] = torch.inf
+    elif program.values == "zero token":
+        x[:2] = 0
+    ids = ids.to(getattr(torch, program.ids_dtype))
+    weights = weights.to(torch.float32 if program.wide_weights else dtype)
     sizes = (batch[0], tokens // batch[0]) if program.batched else (tokens,)
-    x, ids, weights = (t.view(*sizes, t.shape[-1]).clone() for t in (x, ids, weights.to(dtype)))
+    x, ids, weights = (t.view(*sizes, t.shape[-1]).clone() for t in (x, ids, weights))
+    if program.values == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    x.requires_grad_(program.grad and program.values != "without gradient")
     return (x, ids, weights) if program.takes_ids else (x,)
 
 
@@ -1023,13 +1054,17 @@ def observe(run: Callable[..., Tensor], module: nn.Module, args: tuple[Tensor, .
     """Call ``run``, which is ``module`` or was compiled from it."""
     torch.manual_seed(0)
     module.zero_grad()
-    args = tuple(arg.clone().requires_grad_(grad and arg.is_floating_point()) for arg in args)
+    # A copy keeps the strides. Whether the hidden states want a gradient is a property of the program.
+    wants_grad = [grad and arg.is_floating_point() and (i > 0 or arg.requires_grad) for i, arg in enumerate(args)]
+    args = tuple(arg.detach().clone().requires_grad_(wants) for arg, wants in zip(args, wants_grad, strict=True))
     with torch.set_grad_enabled(grad):
         result = run(*args)
     observed: Observed = {"result": result.detach().clone()}
     if grad:
         weight = torch.linspace(-1, 2, result.numel(), dtype=torch.float64).view_as(result).to(result.dtype)
-        ((result * weight).sum() + args[0].sum()).backward()
+        loss = (result * weight).sum() + args[0].sum()
+        if loss.requires_grad:  # some results depend on nothing that has a gradient
+            loss.backward()
         leaves = {**{f"argument {i}": arg for i, arg in enumerate(args)}, **dict(module.named_parameters())}
         observed.update({f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad})
     observed.update({f"argument {i} after": arg.detach().clone() for i, arg in enumerate(args)})
@@ -1177,7 +1212,10 @@ def _expected(program: Program) -> list[_Expected] | None:
             except Exception:
                 return None
             if program.dtype != "float64":
-                raised = tuple(arg.double() if arg.is_floating_point() else arg for arg in args)
+                raised = tuple(
+                    arg.detach().double().requires_grad_(arg.requires_grad) if arg.is_floating_point() else arg
+                    for arg in args
+                )
                 exact = observe(double, double, raised, program.grad)
         expected.append(_Expected(args, seen, exact))
         if exact is None:
@@ -1217,8 +1255,10 @@ def _error(error: BaseException) -> str:
 
 def _reason(refusal: str) -> str:
     """The reason of a refusal, without what stands for the one loop only: its module, the node and the place."""
-    reason = re.sub(r"(, at)? \([^()]*<generated \d+>:\d+[^()]*\)", "", refusal)
-    reason = re.sub(r" \(at `\w+`\)", "", reason)
+    reason = re.sub(r" \([^()]*<generated \d+>:\d+[^()]*\)$", "", refusal)
+    reason = re.sub(r",? at <generated \d+>:\d+", "", reason)
+    reason = re.sub(r" \(at `\w+`\)| \(unhinted.*", "", reason)
+    reason = re.sub(r"\bu\d+\b", "u", reason)
     return re.sub(r"\s+", " ", reason.partition(": ")[2]).strip()
 
 
@@ -1344,6 +1384,8 @@ DIMENSIONS: dict[str, Callable[[Program], Iterable[str]]] = {
     "trap": lambda p: sorted(set(p.steps) & set(TRAPS)),
     "besides": lambda p: [p.extra] if p.extra != "none" else [],
     "dtype": lambda p: [p.dtype],
+    "dtype of ids": lambda p: [p.ids_dtype],
+    "hidden states": lambda p: [p.values],
     "layers": lambda p: [str(p.layers)],
     "tokens": lambda p: [", then ".join(map(str, p.tokens))] if len(p.tokens) == 1 else ["two numbers, in two calls"],
 }
