@@ -66,7 +66,13 @@ def moe_rewrite(
         refused = [plan.report.refused(_WRITTEN) for plan in plans if plan.report is not None]
     if refused and capture is not None:
         capture.give_up(refused)
-    reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
+    try:
+        reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
+    except LoopRefused as error:
+        if capture is not None:
+            session.refused(error.reports)
+            capture.restart_as_stock([report.refusal for report in error.reports if report.refusal is not None])
+        raise
     if capture is not None and capture.widened and not refused and _has_unknown_sizes_of_its_own(gm):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
     session.rewritten(reports)

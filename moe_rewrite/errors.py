@@ -11,6 +11,10 @@ class OptionsError(MoeRewriteError, ValueError):
     """``options=`` or an experts mapping holds something that is not allowed."""
 
 
+class NotLiftedError(MoeRewriteError):
+    """An operator that one expert executes cannot be executed for all experts at once."""
+
+
 class MarkerExecutedError(MoeRewriteError):
     """A captured loop reached execution without having been rewritten.
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from moe_rewrite import lower, splice
 from moe_rewrite.config import ExpertsMapping
-from moe_rewrite.errors import MoeRewriteError
+from moe_rewrite.errors import MoeRewriteError, NotLiftedError
 from moe_rewrite.loop import ExpertsLoop, Refusal
 from moe_rewrite.lower import ExpertsBackend, Lifted
 from moe_rewrite.nodes import standalone_code
@@ -84,7 +84,11 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
 
 
 def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
-    """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop."""
+    """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop.
+
+    Raises:
+        LoopRefused: a loop cannot be lowered after all. What was done so far is not undone.
+    """
     reports = []
     replaced: dict[fx.Node, fx.Node] = {}
     for plan in plans:
@@ -134,5 +138,8 @@ def _replace(
         backend.build(loop, lifted)
         return lifted.outputs
 
-    new, outputs = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
+    try:
+        new, outputs = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
+    except NotLiftedError as error:
+        raise LoopRefused([report.refused(str(error).splitlines()[0])]) from error
     return dataclasses.replace(report, loop=loop, after=standalone_code(new, loop.inputs)), outputs

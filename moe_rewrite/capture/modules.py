@@ -137,7 +137,7 @@ def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
 
 
 def writes_into(gm: fx.GraphModule, tables: dict[int, tuple[Any, str]]) -> bool:
-    """Whether the graph writes into a parameter that is a row of one of ``tables``: it would read the table as it was."""
+    """Whether the graph writes into a row of one of ``tables``: it would read the table as it was before."""
     rows = {id(row) for pack, name in tables.values() for row in pack.members(name)}
     inputs = gm.graph.find_nodes(op="placeholder")
     return any(id(dynamo_modules.graph_input(node)) in rows and is_written_to(node) for node in inputs)

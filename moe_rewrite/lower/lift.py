@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, Value
 from moe_rewrite.lower import combine
 from moe_rewrite.lower.pairs import Pairs
@@ -144,7 +145,10 @@ class Lifted:
             args, kwargs = pytree.tree_unflatten(filled, spec)
             return step.op(*args, **kwargs)  # type: ignore[operator]
 
-        result = torch.vmap(for_one_expert)(*(v for v, is_each in zip(values, each, strict=True) if is_each))
+        try:
+            result = torch.vmap(for_one_expert)(*(v for v, is_each in zip(values, each, strict=True) if is_each))
+        except RuntimeError as error:
+            raise NotLiftedError(f"`{step.op}` cannot be executed for all experts at once: {error}") from error
         return _as_example(result, step.result.example)
 
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
