@@ -7,6 +7,7 @@ router and the loop. The classes are found and built as those of transformers 5 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -102,23 +103,30 @@ def _unpadded(width: int, experts: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 def assert_equals_eager(built: Built, fast: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
     """All floating point results, and their gradients to all inputs and parameters, are those of eager."""
+    eager = copy.deepcopy(built.module)
     inputs = tuple(value.requires_grad_(value.is_floating_point()) for value in inputs)
-    expected, actual = _values(built.module(*inputs)), _values(fast(*inputs))
+    expected = _results_and_gradients(eager, eager, inputs)
+    actual = _results_and_gradients(fast, built.module, inputs)
+    assert list(actual) == list(expected)
+    for what, value in expected.items():
+        torch.testing.assert_close(
+            actual[what], value, rtol=1e-4, atol=1e-5, msg=lambda text, what=what: f"{what}: {text}"
+        )
+
+
+def _results_and_gradients(
+    call: Callable[..., Any], module: nn.Module, inputs: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """Of a random combination of all results; zeros where there is none: an expert without tokens has none in eager."""
+    leaves = pytree.tree_leaves(call(*inputs))
+    results = [value for value in leaves if isinstance(value, Tensor) and value.is_floating_point()]
+    # after the call: Dynamo gives a module that calls `.to` in its forward new parameters
     variables = {f"input {i}": value for i, value in enumerate(inputs) if value.requires_grad}
-    variables |= {name: value for name, value in built.module.named_parameters() if value.requires_grad}
-    results = [f"result {i}" for i in range(len(expected))]
-    ours, eagers = ([*values, *_gradients(values, variables)] for values in (actual, expected))
-    for what, our, eager in zip([*results, *variables], ours, eagers, strict=True):
-        torch.testing.assert_close(our, eager, rtol=1e-4, atol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
-
-
-def _values(output: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-def _gradients(values: list[Tensor], variables: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Of a random combination; zeros where there is none: an expert that gets no token has none in eager."""
+    variables |= {name: value for name, value in module.named_parameters() if value.requires_grad}
     generator = torch.Generator().manual_seed(4)
-    values = [value for value in values if value.requires_grad]
-    total = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in values)
-    return torch.autograd.grad(total, list(variables.values()), allow_unused=True, materialize_grads=True)
+    total = sum(
+        (value * torch.randn(value.shape, generator=generator)).sum() for value in results if value.requires_grad
+    )
+    gradients = torch.autograd.grad(total, list(variables.values()), allow_unused=True, materialize_grads=True)
+    values = {f"result {i}": value for i, value in enumerate(results)}
+    return values | {f"gradient of {name}": g for name, g in zip(variables, gradients, strict=True)}
