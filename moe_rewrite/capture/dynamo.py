@@ -35,6 +35,7 @@ from torch._dynamo.exc import (
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._dynamo.variables import (
     ConstantVariable,
+    ConstDictVariable,
     SliceVariable,
     TensorVariable,
     TupleVariable,
@@ -53,6 +54,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 __all__ = [
     "BuiltinVariable",
+    "ConstDictVariable",
     "InstructionTranslator",
     "IteratorVariable",
     "SymNodeVariable",

@@ -188,6 +188,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
     dynamo.wrap_opcodes(lambda opcode: opcode in ("IS_OP", "CONTAINS_OP", "COMPARE_OP"), _compare)
     dynamo.wrap_method(dynamo.TensorVariable, "method_attr_requires_grad", _requires_grad)
+    dynamo.wrap_method(dynamo.TensorVariable, "var_getattr", _get_attribute)
+    dynamo.wrap_method(dynamo.ConstDictVariable, "call_method", _look_up)
     for name in ("call_id", "call_hash"):
         if hasattr(dynamo.BuiltinVariable, name):
             dynamo.wrap_method(dynamo.BuiltinVariable, name, _identify)
@@ -312,6 +314,8 @@ def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
         selected = subscript(tx, capture.loops[-1], container, key)
     elif capture is not None and isinstance(container, NumbersOfTensor) and capture.loops[-1].is_index(key):
         selected = container.at_index(tx, capture.loops[-1])
+    elif capture is not None and dynamo_modules.is_of_template(key):
+        capture.loops[-1].refuse("the body asks which of the experts it has", tx)
     elif capture is not None and capture.loops[-1].is_index(key):
         selected = static.pick_row(tx, capture.loops[-1], dynamo_modules.sequence_items(container))
     if selected is None:
@@ -348,6 +352,22 @@ def _identify(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any) -
     if capture is not None and any(map(dynamo_modules.is_of_template, args)):
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
     return original(builtin, tx, *args)
+
+
+def _look_up(original: Callable[..., Any], table: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """``scales.get(expert)`` in a body."""
+    capture = _tracing(tx.output)
+    if capture is not None and any(map(dynamo_modules.is_of_template, args)):
+        capture.loops[-1].refuse("the body asks which of the experts it has", tx)
+    return original(table, tx, name, args, kwargs)
+
+
+def _get_attribute(original: Callable[..., Any], tensor: Any, tx: Any, name: str) -> Any:
+    """``weight.grad`` in a body."""
+    capture = _tracing(tx.output) if name in ("grad", "_grad") else None
+    if capture is not None:
+        capture.loops[-1].refuse("the body asks for a gradient", tx)
+    return original(tensor, tx, name)
 
 
 def _requires_grad(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
