@@ -842,8 +842,8 @@ class _Renderer:
             "scatter_add": [f"out = out.scatter_add(0, {spread}, {y})"],
             "index_add": [f"out = out.index_add(0, t, {y})"],
             "index_copy_": [f"out.index_copy_(0, t, {y})"],
-            "out + zeros.index_add": [f"out = out + torch.zeros_like(x).index_add(0, t, {y})"],
-            "masked_scatter": [f"out = out + torch.zeros_like(x).masked_scatter(t.unsqueeze(-1), {y})"],
+            "out + zeros.index_add": ["out = out + torch.zeros_like(x).index_add(0, t, h)"],
+            "masked_scatter": ["out = out + torch.zeros_like(x).masked_scatter(t.unsqueeze(-1), h)"],
             "cat": ["positions.append(t)", f"results.append({y})"],
             "out + y": [f"out = out + {y}"],
             "torch.add": [f"out = torch.add(out, {y})"],
@@ -1209,18 +1209,18 @@ def _expected(program: Program) -> list[_Expected] | None:
             warnings.simplefilter("ignore")
             try:
                 seen = observe(eager, eager, args, program.grad)
+                if program.dtype != "float64":
+                    exact = observe(double, double, tuple(map(_doubled, args)), program.grad)
             except Exception:
                 return None
-            if program.dtype != "float64":
-                raised = tuple(
-                    arg.detach().double().requires_grad_(arg.requires_grad) if arg.is_floating_point() else arg
-                    for arg in args
-                )
-                exact = observe(double, double, raised, program.grad)
         expected.append(_Expected(args, seen, exact))
         if exact is None:
             train(eager)
     return expected
+
+
+def _doubled(arg: Tensor) -> Tensor:
+    return arg.detach().double().requires_grad_(arg.requires_grad) if arg.is_floating_point() else arg
 
 
 def _compare(program: Program, wanted: list[_Expected], **how: Any) -> tuple[str, str] | None:
@@ -1348,6 +1348,9 @@ def survey(count: int, seed: int, defects: Path | None) -> list[tuple[Program, O
         except Defect as defect:
             outcome = Outcome("defect", (defect.label,))
             _write_down(defect, known, defects)
+        except Exception:  # of the generator, or a program that takes too long: not to end a long run
+            outcome = Outcome("defect", ("ERROR",))
+            print(f"ERROR {traceback.format_exc()}", file=sys.stderr)
         outcomes.append((program, outcome))
         became = f"{outcome.kind} {program} {'; '.join(outcome.reasons)}"
         print(f"{len(outcomes)} {time.time() - started:.1f}s {became}", file=sys.stderr, flush=True)
