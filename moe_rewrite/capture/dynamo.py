@@ -224,7 +224,10 @@ def is_live(tx: Any, name: str) -> bool:
         seen.add(i)
         instruction = tx.instructions[i]
         if instruction.exn_tab_entry is not None:
-            waiting.append(position[id(instruction.exn_tab_entry.target)])
+            handler = position[id(instruction.exn_tab_entry.target)]
+            # That of a `with` block raises the exception again, as far as the contexts go that Dynamo traces.
+            if not any(i.opname == "WITH_EXCEPT_START" for i in tx.instructions[handler : handler + 2]):
+                waiting.append(handler)
         names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
         if name in names and "FAST" in instruction.opname:
             if "LOAD" in instruction.opname:

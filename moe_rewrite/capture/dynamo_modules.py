@@ -6,6 +6,7 @@ The rest is in ``dynamo.py``; the same holds here: private API, each use with th
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -299,3 +300,9 @@ def is_none(variable: Any) -> bool:
 
 TEMPLATE = "moe_rewrite_template"
 """What the globals are called that hold templates."""
+
+
+def any_share_memory(variables: list[Any]) -> bool:
+    """Whether two of some tensors lie in the same memory. torch 2.11, 2.13."""
+    nodes = [variable.as_proxy().node for variable in variables]
+    return any(shares_memory(a, b) for a, b in itertools.combinations(nodes, 2))

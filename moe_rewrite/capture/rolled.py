@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from moe_rewrite import markers
-from moe_rewrite.capture import dynamo
+from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.capture.index import ExpertIndexVariable
 from moe_rewrite.capture.lists import CollectingList
 from moe_rewrite.loop import Refusal
@@ -200,6 +200,10 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
                 self.refuse(f"local variable `{name}` is of another shape or dtype after an iteration", tx)
             after = dynamo.call_in_graph(tx, markers.carry_out, [index, carry, end])
             dynamo.set_local_variable(tx, name, after)
+        left = [stand_in.appended[0] for stand_in in path.lists.values() if stand_in.appended]
+        left += [now[name] for name in path.carried if now[name] is not path.carried[name]]
+        if dynamo_modules.any_share_memory(left):
+            self.refuse("what an iteration leaves behind lies in the same memory twice", tx)
         collected = {name: stand_in.collect(tx, index) for name, stand_in in path.lists.items()}
         dynamo.call_in_graph(tx, markers.loop_end, [index, _ranges(path.experts), path.rows])
         for name, stand_in in path.lists.items():

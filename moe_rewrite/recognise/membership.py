@@ -220,7 +220,13 @@ def _moved(node: fx.Node, source: Meaning) -> Meaning | None:
     elif target is aten.unsqueeze.default:
         dim = args[1] % (rank + 1)  # type: ignore[operator]
         labels = (*labels[:dim], None, *labels[dim:])
-    elif target in (aten.squeeze.dim, aten.squeeze.dims, aten.view.default, aten.squeeze.default):
+    elif target is aten.squeeze.dim:
+        dim = args[1] % rank  # type: ignore[operator]
+        size = args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+        if not isinstance(size, int) or (size == 1 and labels[dim] == EXPERT):
+            return None
+        labels = labels[:dim] + labels[dim + 1 :] if size == 1 else labels
+    elif target in (aten.squeeze.dims, aten.view.default, aten.squeeze.default):
         return _reshaped(node, source)
     else:
         return None
