@@ -58,12 +58,7 @@ IDLE_EXPERT = 1
 """This expert gets no token."""
 
 NOT_REWRITTEN = {
-    "DbrxExperts": "with gradients on: a size assertion under the `no_grad` of the body is taken for a write",
     "JetMoeParallelExperts": "a loop over range(num_experts), unrolled; rows are split by sizes that are read back",
-    "LongcatFlashExperts": "`nonzero(as_tuple=False)`; a comparison of the index as a Python number",
-    "NllbMoeExperts": "the expert is a module that is chosen by a formatted string",
-    "SwitchTransformersExperts": "the expert is a module that is chosen by a formatted string",
-    "VitPoseNaiveMoe": "a loop over range(num_experts), unrolled; every expert runs on every row",
 }
 """The classes whose loop is left as it is, and why."""
 
