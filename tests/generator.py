@@ -1411,8 +1411,8 @@ dtypes are compared. This page says what share of them is rewritten. It is made 
 
     {command}
 
-with torch {torch.__version__.split("+")[0]}: {len(outcomes)} programs, of which {failing} fail in eager too and
-do not count.
+with torch {torch.__version__.split("+")[0]}: {len(outcomes)} programs, of which {failing} fail in eager
+too and do not count.
 
 | | programs |
 | --- | ---: |
@@ -1429,6 +1429,7 @@ once, and each of them may be why it is left. Of the {len(plain)} programs witho
 ## What is rewritten
 
 Programs without a trap, but for the rows of *trap* and *besides*, which count all.
+
 """
     lines = text.splitlines()
     lines += ["| | | programs | rewritten | refused | unrolled |", "| --- | --- | ---: | ---: | ---: | ---: |"]
