@@ -165,7 +165,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         except Exception as error:
             if not isinstance(error, dynamo.DYNAMO_ERRORS) and not capture.loops:
                 raise
-            if capture.deferred:
+            if capture.deferred and not capture.loops:
                 capture.restart_with_plain_lists()
             reason = _reason(error)
             not_rolled = getattr(tx.speculation_log, "moe_rewrite_not_rolled", [])
