@@ -465,5 +465,7 @@ def _reason(error: BaseException) -> str:
     while (cause := first.__cause__ or first.__context__) is not None and isinstance(cause, dynamo.DYNAMO_ERRORS):
         first = cause
     lines = [line.strip() for line in str(first).strip().splitlines()]
+    if "Unsafe side effect" in str(first):  # Dynamo speaks of a higher-order operator, and there is none
+        return "the body changes a Python object that is older than the iteration"
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
     return " ".join(filter(None, (lines[0] if lines else type(first).__name__, explanation)))
