@@ -727,10 +727,6 @@ def _with_number(compute: Callable[[Tensor, int], Any]) -> Loop:
 
 TRAPS |= {f"number: {name}": Trap(_with_number(compute)) for name, compute in NUMBERS.items()}
 
-if torch.__version__ < "2.13":
-    reason = "Dynamo compares a string that is made of the index as if it were known"
-    TRAPS["number: as a name"] = dataclasses.replace(TRAPS["number: as a name"], fails=reason)
-
 
 # --- what holds -------------------------------------------------------------------------------------------------------
 

@@ -234,6 +234,11 @@ def formatted(variable: Any) -> Any:
     return StringFormatVariable.create("{}", [variable], {})
 
 
+def is_format(variable: Any) -> bool:
+    """Whether a variable is a string that is not known yet. torch 2.11, 2.13."""
+    return isinstance(variable, StringFormatVariable)
+
+
 def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], str] | None:
     """A string that is made of an index, as a function of the index; None for others. torch 2.11, 2.13."""
     if not isinstance(variable, StringFormatVariable) or variable.sym_kwargs:

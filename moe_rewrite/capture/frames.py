@@ -343,6 +343,8 @@ def _compare(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     if any(map(dynamo_modules.is_of_template, compared)) and not any(map(dynamo_modules.is_none, compared)):
         assert capture is not None
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
+    if capture is not None and any(map(dynamo_modules.is_format, compared)):
+        capture.loops[-1].refuse("the body compares a string that is made of the expert's index", tx)
     return original(tx, instruction)
 
 
