@@ -537,7 +537,7 @@ for _name, _use in (
     refused(SIDE_EFFECT)(appending(_use, _name))
 
 
-@refused("plain `for`|side effect|graph breaks")
+@refused("plain `for`|side effect|graph breaks|Python object")
 def comprehension(m, x, ids, weights):
     mask = m.mask(ids)
     return torch.stack([(mask[expert].squeeze(0).sum() * m.scale[expert]).sum() for expert in hits(mask)])

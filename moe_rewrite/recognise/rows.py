@@ -87,7 +87,8 @@ class RowProgram:
     def step(self, node: fx.Node, kind: Kind, op: Any, *args: Any, **kwargs: Any) -> Value:
         """Add a step whose result is the value of ``node``."""
         example = node.meta.get("val")
-        if kind is Kind.PER_ROW and isinstance(example, torch.Tensor) and not free_unbacked_symbols(example):
+        known = isinstance(example, torch.Tensor) and not free_unbacked_symbols(example) and 0 not in example.shape
+        if kind is Kind.PER_ROW and known:
             # The body's shapes may hold a number in the place of the row count, and all pairs are more rows than that.
             raise Refused("the number of rows is taken for one that is known", node)
         value = Value(node.name, kind, node.meta.get("val"))
