@@ -238,12 +238,11 @@ class Memory:
         return module, ""
 
 
-def start_session(wrapper: Any, owner: object) -> Session:
+def start_session(wrapper: Any) -> Session:
     """The session for a frame that is about to be traced for ``wrapper``, the object that ``torch.compile`` made.
 
     Args:
         wrapper: holds the ``kwargs`` that this backend is called with. What is remembered is kept on it.
-        owner: the ``self`` of the frame, if it has one.
 
     Raises:
         OptionsError: the options are wrong.

@@ -94,7 +94,7 @@ class _FakeRun(FakeTensorMode):  # type: ignore[misc]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.unbind.int and torch._guards.TracingContext.try_get() is None:
+        if func is torch.ops.aten.unbind.int and not dynamo.is_tracing():
             tensor, dim = args[0], args[1] if len(args) > 1 else 0
             if free_unbacked_symbols(tensor.shape[dim]):
                 return ()

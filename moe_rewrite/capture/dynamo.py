@@ -624,3 +624,8 @@ def _context_in_place(module: Any) -> Any:
     names = call.__code__.co_freevars if closure else ()  # type: ignore[union-attr]
     contexts = (cell.cell_contents for name, cell in zip(names, closure, strict=True) if name == "self")
     return next((context for context in contexts if hasattr(context, "callback")), None)
+
+
+def is_tracing() -> bool:
+    """Whether this thread is inside of the compilation of a frame. torch 2.11, 2.13."""
+    return torch._guards.TracingContext.try_get() is not None

@@ -133,12 +133,12 @@ def current() -> FrameCapture | None:
     return getattr(_active, "capture", None)
 
 
-def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], Any]) -> None:
+def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any]) -> None:
     """Hook into Dynamo, once per process.
 
     Args:
         is_ours: whether an object that ``torch.compile`` made of its ``backend=`` is this package's.
-        start_session: called with that object and the frame's ``self`` before a frame is traced; raises on bad options.
+        start_session: called with that object before a frame is traced; raises on bad options.
     """
 
     def run_frame(original: Callable[..., Any], tx: Any) -> Any:
@@ -146,7 +146,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any, Any], 
         if not is_ours(wrapper):
             return original(tx)
         try:
-            session = start_session(wrapper, tx.f_locals.get("self"))
+            session = start_session(wrapper)
         except Exception as error:
             dynamo.abandon(tx)
             raise dynamo.error_shown_as_is(error) from None
