@@ -17,6 +17,10 @@ the next in a local variable goes through a pair of markers, as does what it app
     collected = moe_rewrite.collect(index, y, 8)               # `torch.stack` of what the 8 iterations appended
     moe_rewrite.loop_end(index, [0, 8], ANY_ROWS)
 
+Rows that are a contiguous piece of a tensor, ``x[start:stop]`` with numbers that the iteration computes, are the rows
+at ``moe_rewrite.piece(index, start, stop, x)``. What ``torch.cat`` makes of a list of such rows is
+``moe_rewrite.collect_rows(index, y, total)``.
+
 Where Python in the body asks about the index (``if expert == num_experts: continue``), whether there are rows, or
 about a truth that is a tensor, the body is captured once for each way through it, a *path*; ``loop_end`` and
 ``condition`` say for which iterations the path holds. Every marker raises when it is executed: a captured loop is
@@ -40,6 +44,8 @@ _LIBRARY.define("condition(Tensor index, Tensor truth, bool taken) -> ()")
 _LIBRARY.define("carry_in(Tensor index, Tensor start) -> Tensor")
 _LIBRARY.define("carry_out(Tensor index, Tensor carry, Tensor end) -> Tensor")
 _LIBRARY.define("collect(Tensor index, Tensor value, int num_values) -> Tensor")
+_LIBRARY.define("piece(Tensor index, Tensor start, Tensor stop, Tensor container) -> Tensor")
+_LIBRARY.define("collect_rows(Tensor index, Tensor value, SymInt total) -> Tensor")
 _LIBRARY.define("loop_end(Tensor index, int[] experts, int rows) -> ()")
 
 loop_begin = torch.ops.moe_rewrite.loop_begin.default
@@ -66,6 +72,15 @@ carry_out = torch.ops.moe_rewrite.carry_out.default
 collect = torch.ops.moe_rewrite.collect.default
 """``collect(index, value, num_values) -> [num_values, ...]``. The ``value`` of each iteration, one after the other."""
 
+piece = torch.ops.moe_rewrite.piece.default
+"""``piece(index, start, stop, container) -> [rows] int64``. ``torch.arange(len(container))[start:stop]``."""
+
+collect_rows = torch.ops.moe_rewrite.collect_rows.default
+"""``collect_rows(index, value, total) -> [total, ...]``. The rows of each iteration's ``value``, one after the other.
+
+``total`` is how many there are of all iterations; -1 where only run time knows.
+"""
+
 loop_end = torch.ops.moe_rewrite.loop_end.default
 """``loop_end(index, experts, rows)``. Closes the loop that ``index`` opened.
 
@@ -86,7 +101,8 @@ def _refuse_to_run(*_: Any) -> NoReturn:
     )
 
 
-for _name in ("loop_begin", "select", "number", "condition", "carry_in", "carry_out", "collect", "loop_end"):
+_NAMES = ("loop_begin", "select", "number", "condition", "carry_in", "carry_out", "collect", "loop_end")
+for _name in (*_NAMES, "piece", "collect_rows"):
     _LIBRARY.impl(_name, _refuse_to_run, "CompositeExplicitAutograd")
 
 
@@ -134,11 +150,23 @@ def _(index: Tensor, value: Tensor, num_values: int) -> Tensor:
     return value.new_empty(num_values, *value.shape)
 
 
+@torch.library.register_fake("moe_rewrite::piece", lib=_LIBRARY)
+def _(index: Tensor, start: Tensor, stop: Tensor, container: Tensor) -> Tensor:
+    return index.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.register_fake("moe_rewrite::collect_rows", lib=_LIBRARY)
+def _(index: Tensor, value: Tensor, total: int) -> Tensor:
+    unknown = isinstance(total, int) and total < 0
+    rows = torch.library.get_ctx().new_dynamic_size() if unknown else total
+    return value.new_empty(rows, *value.shape[1:])
+
+
 def _no_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     _refuse_to_run()
 
 
-for _name in ("select", "carry_in", "carry_out", "collect"):
+for _name in ("select", "carry_in", "carry_out", "collect", "collect_rows"):
     torch.library.register_autograd(f"moe_rewrite::{_name}", _no_backward, lib=_LIBRARY)
 
 # Without this, dead code elimination would drop those that have no result.

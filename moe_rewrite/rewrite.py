@@ -15,6 +15,7 @@ from moe_rewrite.loop import ExpertsLoop, Refusal
 from moe_rewrite.lower import ExpertsBackend, Lifted
 from moe_rewrite.nodes import standalone_code
 from moe_rewrite.recognise import Finding, find_loops
+from moe_rewrite.recognise.pieces import spell_out_pieces
 from moe_rewrite.report import LoopReport, log_reports
 
 
@@ -78,8 +79,10 @@ class Plan:
 
 
 def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> list[Plan]:
-    """What is to become of each captured body of ``gm``, in order. Nothing is changed yet."""
+    """What is to become of each captured body of ``gm``, in order. Nothing is replaced yet."""
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    for graph in graphs:
+        spell_out_pieces(graph.graph)
     return [_plan(graph, finding, experts, base_path) for graph in graphs for finding in find_loops(graph)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from moe_rewrite.loop import ExpertsLoop
-from moe_rewrite.nodes import changes_something, has_unknown_size, is_size_assertion
+from moe_rewrite.nodes import erase_unused
 from moe_rewrite.recognise.aten import autocast_of, trace
 from moe_rewrite.recognise.regions import Region
 
@@ -81,22 +81,7 @@ def remove_region(graph: fx.Graph, region: Region) -> None:
     for node in [region.end, *reversed(region.dependents()), region.begin]:
         waiting += node.all_input_nodes
         graph.erase_node(node)
-    while waiting:
-        node = waiting.pop()
-        if node._erased or node.op in ("placeholder", "output") or not all(map(is_size_assertion, node.users)):
-            continue
-        if (node.users and not has_unknown_size(node)) or changes_something(node):
-            continue
-        for assertion in list(node.users):
-            _erase_users_first(graph, assertion)
-        waiting += node.all_input_nodes
-        graph.erase_node(node)
-
-
-def _erase_users_first(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_users_first(graph, user)
-    graph.erase_node(node)
+    erase_unused(waiting)
 
 
 def finish(gm: fx.GraphModule) -> None:

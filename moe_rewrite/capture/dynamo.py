@@ -60,6 +60,7 @@ __all__ = [
     "SymNodeVariable",
     "TensorVariable",
     "TensorWithTFOverrideVariable",
+    "TorchInGraphFunctionVariable",
     "UnspecializedNNModuleVariable",
     "Unsupported",
     "VariableTracker",
@@ -184,9 +185,18 @@ def times_loaded(body: list[Instruction], name: str) -> int:
     return sum(argument.count(name) if isinstance(argument, tuple) else argument == name for argument in loads)
 
 
+FIRST_IN_PLACE = 13
+"""CPython's ``NB_INPLACE_ADD``: ``NB_ADD`` is 0, and the others follow in the same order."""
+
+
 def is_in_place(instruction: Instruction) -> bool:
     """Whether an instruction is ``+=`` or the like (CPython's ``NB_INPLACE_*``). torch 2.11, 2.13."""
-    return instruction.opname == "BINARY_OP" and 13 <= (instruction.arg or 0) <= 25
+    return instruction.opname == "BINARY_OP" and FIRST_IN_PLACE <= (instruction.arg or 0) <= 25
+
+
+def takes_slices(body: list[Instruction]) -> bool:
+    """Whether a body has a slice in it. torch 2.11, 2.13."""
+    return any(i.opname in ("BUILD_SLICE", "BINARY_SLICE", "STORE_SLICE") for i in body)
 
 
 def appended_to(body: list[Instruction]) -> list[str]:
@@ -334,6 +344,17 @@ def full_slice() -> Any:
     return SliceVariable([ConstantVariable.create(None)] * 2)
 
 
+def slice_bounds(variable: Any) -> list[Any] | None:
+    """The start, the stop and the step of a slice; None for other variables. torch 2.11, 2.13."""
+    variable = variable.realize()
+    return [item.realize() for item in variable.items] if isinstance(variable, SliceVariable) else None
+
+
+def slice_of(bounds: list[Any]) -> Any:
+    """``slice(*bounds)``. torch 2.11, 2.13."""
+    return SliceVariable(bounds)
+
+
 def is_tuple(variable: Any) -> bool:
     return isinstance(variable, TupleVariable)
 
@@ -375,6 +396,13 @@ def is_same_number(variable: Any, number: Any) -> bool:
     if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
         return False
     return bool(variable.sym_num.node.expr == number.sym_num.node.expr)
+
+
+def depends_only_on(variable: Any, number: Any) -> bool:
+    """Whether ``variable`` is a number that is computed from the symbolic number ``number`` alone. torch 2.11, 2.13."""
+    if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
+        return False
+    return bool(variable.sym_num.node.expr.free_symbols == number.sym_num.node.expr.free_symbols)
 
 
 def _example(variable: Any) -> torch.Tensor | None:

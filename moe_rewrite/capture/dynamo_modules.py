@@ -31,6 +31,7 @@ from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVar
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._guards import Guard
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from moe_rewrite import markers
 from moe_rewrite.nodes import rows_of, shares_memory
@@ -186,7 +187,12 @@ def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
 
 
 def global_variable(tx: Any, prefix: str, value: Any) -> Any:
-    """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13."""
+    """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13.
+
+    The shape of a tensor is that of a parameter: not dynamic.
+    """
+    if isinstance(value, torch.Tensor):
+        value._dynamo_static_indices = set(range(value.dim()))  # type: ignore[attr-defined]  # as `mark_static` sets it
     name = tx.output.install_global_by_id(prefix, value)
     return VariableTracker.build(tx, value, GlobalSource(name)).realize()
 
@@ -209,11 +215,41 @@ def graph_input(node: Any) -> Any:
     return getattr(argument, "example", None) if argument is not None else None
 
 
-def arange(tx: Any, length: int) -> Any:
-    """``torch.arange(length)`` in the graph. torch 2.11, 2.13."""
+def arange(tx: Any, length: int, device: torch.device | None = None) -> Any:
+    """``torch.arange(length, device=device)`` in the graph. torch 2.11, 2.13."""
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
-    return TorchInGraphFunctionVariable(torch.arange).call_function(tx, [ConstantVariable.create(length)], {})
+    named = {} if device is None else {"device": VariableTracker.build(tx, device)}
+    return TorchInGraphFunctionVariable(torch.arange).call_function(tx, [ConstantVariable.create(length)], named)
+
+
+def is_along_first(tensor: Any, dims: list[Any]) -> bool:
+    """Whether ``dims``, what a function was given for its ``dim``, says the first dimension. torch 2.11, 2.13."""
+    if not dims:
+        return True
+    dim = dims[0].as_python_constant() if len(dims) == 1 and dims[0].is_python_constant() else None
+    return isinstance(dim, int) and dim % tensor.ndim == 0
+
+
+def full(tx: Any, number: int) -> Any:
+    """``torch.full((), number)`` in the graph. torch 2.11, 2.13."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    given = [TupleVariable([]), ConstantVariable.create(number)]
+    return TorchInGraphFunctionVariable(torch.full).call_function(tx, given, {})
+
+
+def size_of(tx: Any, tensor: torch.fx.Node) -> Any:
+    """``tensor.shape[0]`` of a node of the graph. torch 2.11, 2.13."""
+    size = tensor.meta["example_value"].shape[0]
+    if isinstance(size, int):
+        return ConstantVariable.create(size)
+    return put_in_graph(tx, torch.ops.aten.sym_size.int, tx.output.current_tracer.proxy(tensor), 0)
+
+
+def built(tx: Any, value: Any) -> Any:
+    """A variable of a Python object that is a constant to Dynamo. torch 2.11, 2.13."""
+    return VariableTracker.build(tx, value)
 
 
 def compute(tx: Any, function: Any, *args: Any) -> Any:
@@ -250,9 +286,27 @@ def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], 
     return lambda index: form.format(*(index if part is None else part for part in known))
 
 
-def list_of(variable: Any) -> Any:
-    """``[variable]``. torch 2.11, 2.13."""
-    return ListVariable([variable], mutation_type=ValueMutationNew())
+def list_of(*items: Any) -> Any:
+    """``[*items]``. torch 2.11, 2.13."""
+    return ListVariable(list(items), mutation_type=ValueMutationNew())
+
+
+def has_unknown_length(variable: Any) -> bool:
+    """Whether only run time knows how many rows a tensor has. torch 2.11, 2.13."""
+    node = variable.realize().as_proxy().node
+    value = node.meta["example_value"]
+    return bool(value.dim()) and bool(free_unbacked_symbols(value.shape[0]))
+
+
+def is_of_length(tensor: Any, positions: Any) -> bool:
+    """Whether a tensor has a row for each of some positions. torch 2.11, 2.13."""
+    rows, wanted = (v.realize().as_proxy().node.meta["example_value"].shape[0] for v in (tensor, positions))
+    return bool(statically_known_true(rows == wanted))
+
+
+def length_of(argument: Any) -> Any:
+    """The size that an argument of a node is. torch 2.11, 2.13."""
+    return argument.meta["example_value"] if isinstance(argument, torch.fx.Node) else argument
 
 
 def is_older(variable: Any, mark: Any) -> bool:

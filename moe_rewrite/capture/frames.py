@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 
 from moe_rewrite.capture import dynamo, dynamo_modules, static
 from moe_rewrite.capture.index import subscript, truth
-from moe_rewrite.capture.lists import NumbersOfTensor, is_tally
+from moe_rewrite.capture.lists import CountOfPieces, concatenated, rows_of_all
 from moe_rewrite.capture.modules import pick
+from moe_rewrite.capture.numbers import NumbersOfTensor, UnreadIterator, arithmetic, as_number, bincount, is_tally
+from moe_rewrite.capture.pieces import SplitTensor, put, take
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
 from moe_rewrite.nodes import example_value
@@ -184,6 +186,13 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
     dynamo.wrap_method(dynamo.TensorVariable, "method_tolist", _to_list)
+    dynamo.wrap_method(dynamo.TensorVariable, "method_numpy", _to_list)
+    dynamo.wrap_method(dynamo.TensorVariable, "method_item", _to_number)
+    dynamo.wrap_method(dynamo.TensorVariable, "call_method", _call_method)
+    dynamo.wrap_method(dynamo.TorchInGraphFunctionVariable, "call_function", _call_torch)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_OP", _binary_operator)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SLICE", _slice)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SLICE", _store_slice)
     dynamo.wrap_opcodes(lambda opcode: opcode == "GET_ITER", _get_iterator)
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
     dynamo.wrap_opcodes(lambda opcode: opcode in ("IS_OP", "CONTAINS_OP", "COMPARE_OP"), _compare)
@@ -193,6 +202,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
     for name in ("call_id", "call_hash"):
         if hasattr(dynamo.BuiltinVariable, name):
             dynamo.wrap_method(dynamo.BuiltinVariable, name, _identify)
+    dynamo.wrap_method(dynamo.BuiltinVariable, "call_len", _length)
+    dynamo.wrap_method(dynamo.BuiltinVariable, "call_zip", _zip)
     dynamo.wrap_opcodes(_formats_value, _format_value)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SUBSCR", _subscript)
     dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SUBSCR", _store_subscript)
@@ -221,27 +232,69 @@ def _rolling(tx: Any) -> FrameCapture | None:
     return capture if capture is not None and capture.tx.output is tx.output and capture.rolls else None
 
 
-def _to_list(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
+def _to_list(original: Callable[..., Any], tensor: Any, tx: Any, **kwargs: Any) -> Any:
     """``tensor.tolist()``: read later, where a loop over experts may iterate it or pick from it."""
     capture = _rolling(tx)
     if capture is None or capture.plain_lists or capture.loops:
-        return original(tensor, tx)
+        return original(tensor, tx, **kwargs)
     node = tensor.as_proxy().node
     if hit_mask(node) is None and not is_tally(node):
-        return original(tensor, tx)
+        return original(tensor, tx, **kwargs)
     capture.deferred = True
     return NumbersOfTensor(capture, tensor)
+
+
+def _to_number(original: Callable[..., Any], tensor: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """``counts[expert].item()`` in a body."""
+    capture = _tracing(tx.output)
+    number = None if capture is None or args or kwargs else as_number(tx, tensor)
+    return original(tensor, tx, *args, **kwargs) if number is None else number
+
+
+def _call_method(original: Callable[..., Any], tensor: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """``x.split(counts.tolist())``, ``ids.bincount(minlength=num_experts)``"""
+    made = None
+    if name in _SPLITS and _rolling(tx):
+        made = SplitTensor.of(tx, tensor, list(args), kwargs)
+    elif name == "bincount" and _rolling(tx):
+        made = bincount(tx, tensor, list(args), kwargs)
+    return original(tensor, tx, name, args, kwargs) if made is None else made
+
+
+_SPLITS = ("split", "split_with_sizes")
+
+
+def _call_torch(original: Callable[..., Any], function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """``torch.split(x, counts.tolist())``, ``torch.cat(rows_of_each_expert)``"""
+    name = getattr(function.value, "__name__", "") if args and _rolling(tx) else ""
+    if name in _SPLITS and not isinstance(dynamo_modules.realized(args[0]), NumbersOfTensor):
+        pieces = SplitTensor.of(tx, dynamo_modules.realized(args[0]), list(args[1:]), kwargs)
+        return original(function, tx, args, kwargs) if pieces is None else pieces
+    if name == "bincount":
+        counts = bincount(tx, dynamo_modules.realized(args[0]), list(args[1:]), kwargs)
+        return original(function, tx, args, kwargs) if counts is None else counts
+    items = rows_of_all(args[0]) if name in ("cat", "concat", "concatenate") else None
+    if items is not None and dynamo_modules.is_along_first(items.rows, [*args[1:], *kwargs.values()]):
+        return original(function, tx, [dynamo_modules.list_of(*concatenated(items))], {})
+    return original(function, tx, args, kwargs)
+
+
+def _binary_operator(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``start + counts[expert]`` in a body."""
+    capture = _tracing(tx.output)
+    return original(tx, instruction) if capture is None else arithmetic(original, tx, capture.loops[-1], instruction)
 
 
 def _get_iterator(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     """``for expert in hits.tolist():``"""
     numbers = tx.stack[-1] if tx.stack else None
+    if isinstance(numbers, SplitTensor):
+        tx.stack[-1] = UnreadIterator(numbers)
+        return None
     if not isinstance(numbers, NumbersOfTensor):
         return original(tx, instruction)
     loop = _over_hits(tx, numbers.frame, numbers.tensor, static.number_of_row)
-    if loop is None:
-        numbers.frame.restart_with_plain_lists()
-    tx.stack[-1] = loop
+    tx.stack[-1] = UnreadIterator(numbers) if loop is None else loop
     return None
 
 
@@ -302,7 +355,15 @@ def _take_truth(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     capture = _tracing(tx.output)
     if capture is not None and tx.stack:
         tx.stack[-1] = truth(tx, capture.loops[-1], tx.stack[-1])
+    elif tx.stack and _rolling(tx) is not None and _is_some(tx.stack[-1]):
+        tx.stack[-1] = dynamo.constant(tx, True)
     return original(tx, instruction)
+
+
+def _is_some(variable: Any) -> bool:
+    """Whether a variable is a list with each expert's rows, or how many there are, and not empty."""
+    items = rows_of_all(variable)
+    return isinstance(variable, CountOfPieces) or (items is not None and items.is_some)
 
 
 def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
@@ -311,8 +372,11 @@ def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     container, key = (tx.stack[-2].realize(), tx.stack[-1].realize()) if capture is not None else (None, None)
     selected = None
     if capture is not None and isinstance(container, dynamo.TensorVariable):
-        selected = subscript(tx, capture.loops[-1], container, key)
-    elif capture is not None and isinstance(container, NumbersOfTensor) and capture.loops[-1].is_index(key):
+        loop = capture.loops[-1]
+        selected = take(tx, loop, container, key) or subscript(tx, loop, container, key)
+    elif capture is not None and isinstance(container, NumbersOfTensor) and capture.loops[-1].is_made_of_index(key):
+        selected = container.at_index(tx, capture.loops[-1], key)
+    elif capture is not None and isinstance(container, SplitTensor) and capture.loops[-1].is_index(key):
         selected = container.at_index(tx, capture.loops[-1])
     elif capture is not None and dynamo_modules.is_of_template(key):
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
@@ -328,7 +392,11 @@ def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) ->
     """``tensor[..., index, ...] = value`` in a body."""
     capture = _tracing(tx.output)
     if capture is not None and isinstance(tx.stack[-2].realize(), dynamo.TensorVariable):
-        selected = subscript(tx, capture.loops[-1], tx.stack[-2].realize(), tx.stack[-1].realize())
+        value, container, key = (item.realize() for item in tx.stack[-3:])
+        if put(tx, capture.loops[-1], container, key, value):
+            tx.stack[-3:] = []
+            return None
+        selected = subscript(tx, capture.loops[-1], container, key)
         if selected is not None:
             selected.call_method(tx, "copy_", [tx.stack[-3]], {})
             tx.stack[-3:] = []
@@ -336,9 +404,38 @@ def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) ->
     return original(tx, instruction)
 
 
+def _slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``x[start:stop]`` in a body (Python 3.12)."""
+    capture = _tracing(tx.output)
+    if capture is not None:
+        container, *bounds = (item.realize() for item in tx.stack[-3:])
+        key = dynamo.slice_of(bounds)
+        rows = take(tx, capture.loops[-1], container, key) if isinstance(container, dynamo.TensorVariable) else None
+        if rows is not None:
+            tx.stack[-3:] = [rows]
+            return None
+    return original(tx, instruction)
+
+
+def _store_slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``x[start:stop] = value`` in a body (Python 3.12)."""
+    capture = _tracing(tx.output)
+    if capture is not None:
+        value, container, *bounds = (item.realize() for item in tx.stack[-4:])
+        is_tensor = isinstance(container, dynamo.TensorVariable)
+        if is_tensor and put(tx, capture.loops[-1], container, dynamo.slice_of(bounds), value):
+            tx.stack[-4:] = []
+            return None
+    return original(tx, instruction)
+
+
 def _compare(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     """``expert is self.experts[0]``, ``expert in special`` in a body: the template is none of the experts."""
     capture = _tracing(tx.output)
+    if capture is None and isinstance(tx.stack[-2], CountOfPieces):
+        answer = tx.stack[-2].compared(instruction.argval, tx.stack[-1])
+        tx.stack[-2:] = [dynamo.constant(tx, answer)]
+        return None
     compared = tx.stack[-2:] if capture is not None else []
     if any(map(dynamo_modules.is_of_template, compared)) and not any(map(dynamo_modules.is_none, compared)):
         assert capture is not None
@@ -354,6 +451,21 @@ def _identify(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any) -
     if capture is not None and any(map(dynamo_modules.is_of_template, args)):
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
     return original(builtin, tx, *args)
+
+
+def _length(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """``if len(rows_of_each_expert):`` after a loop."""
+    items = rows_of_all(args[0]) if args and _rolling(tx) is not None else None
+    if items is not None and items.is_some:
+        return CountOfPieces(items)
+    return original(builtin, tx, *args, **kwargs)
+
+
+def _zip(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """``zip(experts, counts.tolist())``"""
+    unread = (NumbersOfTensor, SplitTensor)
+    given = [UnreadIterator(arg) if isinstance(arg, unread) else arg for arg in args]
+    return original(builtin, tx, *given, **kwargs)
 
 
 def _look_up(original: Callable[..., Any], table: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:

@@ -1,20 +1,16 @@
-"""Lists at the edge of a rolled loop: those that its body appends to, and those that are a tensor's numbers."""
+"""Lists that the body of a rolled loop appends to."""
 
 from __future__ import annotations
 
 import operator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-import torch
-from torch import fx
-
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
-from moe_rewrite.nodes import example_value, first_input, operation
+from moe_rewrite.recognise.running import Prefix, bound, is_total
 
 if TYPE_CHECKING:
-    from moe_rewrite.capture.frames import FrameCapture
-    from moe_rewrite.capture.rolled import RolledIterator
+    from moe_rewrite.capture.rolled import Path, RolledIterator
 
 
 class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
@@ -43,13 +39,39 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
     def reconstruct(self, codegen: Any) -> NoReturn:
         self.loop.refuse("the graph breaks inside the loop's body", codegen.tx)
 
-    def collect(self, tx: Any, index: Any) -> Any:
+    def collect(self, tx: Any, path: Path) -> Any:
         """The tensor of what all iterations append, ``[iterations, ...]``; None where they append nothing."""
         if not self.appended:
             return None
+        index = path.index.as_tensor()
         if dynamo_modules.is_older(self.appended[0], index):
             self.loop.refuse("what is appended to a list was there before the iteration")
+        if self.is_of_rows:
+            return dynamo.call_in_graph(tx, markers.collect_rows, [index, self.appended[0], self._total(tx, path)])
         return dynamo.call_in_graph(tx, markers.collect, [index, self.appended[0], len(self.loop.values)])
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether what the body appends are an expert's rows, of which only run time knows how many there are."""
+        return bool(self.appended) and dynamo_modules.has_unknown_length(self.appended[0])
+
+    @property
+    def has_rows_already(self) -> bool:
+        """Whether another way through the body has appended rows."""
+        return isinstance(self._items, RowsOfAll)
+
+    def _total(self, tx: Any, path: Path) -> Any:
+        """How many rows there are of all iterations; -1 where only run time knows."""
+        known = {carried.as_proxy().node: Prefix(None, 0) for carried in path.carried.values()}
+        for key, positions in path.asked_pieces.items():
+            stop = bound(key[1], known)
+            found = isinstance(stop, Prefix) and stop.sizes is not None
+            if found and dynamo_modules.is_of_length(self.appended[0], positions):
+                container = positions.as_proxy().node.args[3]
+                rows = container.meta["example_value"].shape[0]
+                if is_total(stop.sizes, rows, len(self.loop.values)):  # type: ignore[union-attr, arg-type]
+                    return dynamo_modules.size_of(tx, container)
+        return -1
 
     def end(self) -> None:
         """The list may be read again."""
@@ -57,6 +79,9 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
 
     def extend(self, tx: Any, collected: Any) -> None:
         """Append all of ``collected`` to the list that this one stands in for."""
+        if self.is_of_rows:
+            self.original.items = RowsOfAll(self._items, self.loop, collected)
+            return
         for i in range(len(self.loop.values)):
             item = dynamo_modules.compute(tx, operator.getitem, collected, i)
             self.original.call_method(tx, "append", [item], {})
@@ -65,53 +90,76 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
 class _Unreadable(list[Any]):
     """The items of a list that has other items in every iteration."""
 
+    reason = "the body reads a list that it appends to"
+
     def __init__(self, items: list[Any], loop: RolledIterator) -> None:
-        super().__init__(items)
+        super().__init__(list.__getitem__(items, slice(None)))  # not by the methods below
         self._loop = loop
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        self._loop.refuse("the body reads a list that it appends to")
+        self._loop.refuse(self.reason)
 
     __len__ = __iter__ = __getitem__ = __contains__ = __reversed__ = __add__ = __mul__ = __eq__ = _refuse  # type: ignore[assignment]
     append = extend = insert = pop = remove = clear = index = count = copy = sort = reverse = _refuse  # type: ignore[assignment]
 
 
-class NumbersOfTensor(dynamo.VariableTracker):  # type: ignore[misc]
-    """``tensor.tolist()``, not read yet: a rolled loop iterates it, or picks from it by its index.
+class RowsOfAll(_Unreadable):
+    """The items of a list that each iteration has appended its rows to. How many items they are is not known.
 
-    For anything else the frame is traced again with the list as Dynamo makes it.
+    Attributes:
+        before: the items before the loop.
+        rows: the rows of all iterations, one after the other.
+        total: how many there are; -1 where only run time knows.
     """
 
-    _nonvar_fields: ClassVar[set[str]] = {"frame", *dynamo.VariableTracker._nonvar_fields}
+    reason = "a list with each expert's rows is used by something other than torch.cat"
 
-    def __init__(self, frame: FrameCapture, tensor: Any, **kwargs: Any) -> None:
+    def __init__(self, before: list[Any], loop: RolledIterator, rows: Any) -> None:
+        super().__init__(before, loop)
+        self.before = before
+        self.rows = rows
+        self.total = rows.as_proxy().node.args[2]
+
+    @property
+    def is_some(self) -> bool:
+        """Whether the list is known to hold something."""
+        if self.before:
+            return True
+        total = dynamo_modules.length_of(self.total)
+        return bool(total > 0)  # of a size that is dynamic, this is a guard
+
+
+class CountOfPieces(dynamo.VariableTracker):  # type: ignore[misc]
+    """``len(list)`` of a list that holds each expert's rows: not 0. Nothing else is known of it."""
+
+    _nonvar_fields: ClassVar[set[str]] = {"items", *dynamo.VariableTracker._nonvar_fields}
+
+    def __init__(self, items: RowsOfAll, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.frame = frame
-        self.tensor = tensor
+        self.items = items
 
     def python_type(self) -> type:
-        return list
+        return int
 
-    def at_index(self, tx: Any, loop: RolledIterator) -> Any:
-        """The number at the index of ``loop``, as a 0-dim tensor."""
-        index = loop.path.index.as_scalar(tx).as_proxy()  # type: ignore[union-attr]
-        return dynamo_modules.put_in_graph(tx, markers.select, self.tensor.as_proxy(), 0, index)
+    def compared(self, operator: str, other: Any) -> bool:
+        """``len(list) > 0`` and the like."""
+        answer = {">": True, "!=": True, "==": False, "<=": False}.get(operator)
+        if answer is None or dynamo_modules.python_number(other) != 0:
+            self._read()
+        return bool(answer)
 
     def _read(self, *_: Any, **__: Any) -> NoReturn:
-        self.frame.restart_with_plain_lists()
+        self.items._refuse()
 
     call_method = call_function = as_proxy = reconstruct = unpack_var_sequence = _read
     var_getattr = call_obj_hasattr = has_unpack_var_sequence = force_unpack_var_sequence = _read
 
 
-def is_tally(node: fx.Node) -> bool:
-    """Whether a tensor of integers counts things, as tokens for each expert are counted."""
-    value = example_value(node)
-    integers = isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype in (torch.int64, torch.int32)
-    source: fx.Node | None = node
-    while integers and source is not None:
-        name = operation(source)
-        if name in ("bincount", "histc", "sum"):
-            return True
-        source = first_input(source) if name in ("cpu", "to", "long", "int", "detach", "contiguous") else None
-    return False
+def rows_of_all(variable: Any) -> RowsOfAll | None:
+    """The items of a list that holds each expert's rows; None for other variables."""
+    return variable.items if dynamo_modules.is_list(variable) and isinstance(variable.items, RowsOfAll) else None
+
+
+def concatenated(items: RowsOfAll) -> list[Any]:
+    """What ``torch.cat`` is to put together."""
+    return [*items.before, items.rows]

@@ -17,6 +17,8 @@ from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.capture.index import ExpertIndexVariable
 from moe_rewrite.capture.lists import CollectingList
+from moe_rewrite.capture.numbers import NumberAfterLoop, carried_number, is_marked, marked
+from moe_rewrite.capture.pieces import Piece, check_unchanged
 from moe_rewrite.loop import Refusal
 from moe_rewrite.recognise.provenance import LOCATION
 
@@ -43,6 +45,8 @@ class Path:
         carried: the variable of each local that one iteration leaves to the next, at the start of the iteration.
         lists: what stands in for each list that the body appends to, by the name of the local variable.
         templates: the tensors that variables stand in for while this path is traced.
+        pieces: the contiguous pieces of tensors that the body has taken.
+        asked_pieces: the positions of their rows, by the numbers that they stand between.
     """
 
     experts: list[int]
@@ -59,6 +63,8 @@ class Path:
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
     lists: dict[str, CollectingList] = dataclasses.field(default_factory=dict)
     templates: dict[int, Any] = dataclasses.field(default_factory=dict)
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    asked_pieces: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
@@ -159,7 +165,10 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         carried = {}
         for name in self.carries:
             start = dynamo.local_variables(tx)[name]
+            start = carried_number(tx, start) or start
             carried[name] = dynamo.call_in_graph(tx, markers.carry_in, [index.as_tensor(), start])
+            if is_marked(start):
+                marked(carried[name])
             dynamo.set_local_variable(tx, name, carried[name])
         lists = {name: CollectingList(self, dynamo.local_variables(tx)[name]) for name in self.lists}
         for name, stand_in in lists.items():
@@ -178,6 +187,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         return index if self.item is None else self.item(tx, self)
 
     def _close_path(self, tx: Any, path: Path) -> None:
+        check_unchanged(self, path.pieces)
         before, now = path.locals_at_start, dynamo.local_variables(tx)
         changed = [name for name in {**before, **now} if before.get(name) is not now.get(name)]
         for name in changed:
@@ -199,15 +209,19 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             if not dynamo.is_alike_tensor(carry, end):
                 self.refuse(f"local variable `{name}` is of another shape or dtype after an iteration", tx)
             after = dynamo.call_in_graph(tx, markers.carry_out, [index, carry, end])
+            if is_marked(carry):
+                after = marked(after) if self.waiting else NumberAfterLoop(self)
             dynamo.set_local_variable(tx, name, after)
         left = [stand_in.appended[0] for stand_in in path.lists.values() if stand_in.appended]
         left += [now[name] for name in path.carried if now[name] is not path.carried[name]]
         if dynamo_modules.any_share_memory(left):
             self.refuse("what an iteration leaves behind lies in the same memory twice", tx)
-        collected = {name: stand_in.collect(tx, index) for name, stand_in in path.lists.items()}
+        collected = {name: stand_in.collect(tx, path) for name, stand_in in path.lists.items()}
         dynamo.call_in_graph(tx, markers.loop_end, [index, _ranges(path.experts), path.rows])
         for name, stand_in in path.lists.items():
             alone = not self.waiting and self.paths_traced == 1
+            if stand_in.is_of_rows:
+                alone = not stand_in.has_rows_already
             if now.get(name) is not stand_in or (collected[name] is not None and not alone):
                 self.refuse(f"not every iteration appends to the list `{name}` in the same way", tx)
             dynamo.set_local_variable(tx, name, stand_in.original)
@@ -276,6 +290,11 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             return variable.iterator is self
         number = self.path.number if self.path is not None else None
         return number is not None and dynamo.is_same_number(variable, number)
+
+    def is_made_of_index(self, variable: Any) -> bool:
+        """Whether ``variable`` is the loop's index, or a number that depends on nothing else, such as ``index + 1``."""
+        number = self.path.number if self.path is not None else None
+        return self.is_index(variable) or (number is not None and dynamo.depends_only_on(variable, number))
 
     def reconstruct(self, codegen: Any) -> NoReturn:
         """Dynamo wants the iterator back as bytecode: the graph breaks inside the body."""

@@ -12,6 +12,8 @@ from typing import Any
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.capture.modules import ExpertModules
+from moe_rewrite.capture.numbers import NumbersOfTensor, UnreadIterator
+from moe_rewrite.capture.pieces import SplitTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +68,41 @@ class Tuple:
         return len({len(part) for part in self.parts}) == 1
 
 
-Elements = Numbers | Rows | Tuple | ExpertModules
+@dataclasses.dataclass(frozen=True)
+class NumbersRead:
+    """``numbers[index]`` of the numbers of a tensor."""
+
+    numbers: NumbersOfTensor
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def at_index(self, tx: Any, loop: Any) -> Any:
+        return self.numbers.at_index(tx, loop, loop.path.index)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitPieces:
+    """``pieces[index]`` of a tensor that was split."""
+
+    pieces: SplitTensor
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def at_index(self, tx: Any, loop: Any) -> Any:
+        return self.pieces.at_index(tx, loop)
+
+
+Elements = Numbers | Rows | Tuple | NumbersRead | SplitPieces | ExpertModules
 
 
 def elements(tx: Any, iterator: Any) -> Elements | None:
     """What ``iterator`` has yet to yield; None where that is not one of the above. Nothing is advanced."""
+    if isinstance(iterator, UnreadIterator):
+        return _unread(iterator.items)
     numbers = dynamo_modules.range_left(iterator)
     if numbers is not None:
         return Numbers(numbers)
@@ -93,11 +125,19 @@ def elements(tx: Any, iterator: Any) -> Elements | None:
 def _of_iterable(tx: Any, iterable: Any) -> Elements | None:
     if not isinstance(iterable, list):
         iterable = dynamo_modules.realized(iterable)
+        if isinstance(iterable, (NumbersOfTensor, SplitTensor)):
+            return _unread(iterable)
         if isinstance(iterable, dynamo_modules.TensorVariable):
             return _rows(iterable.as_proxy())
         if isinstance(iterable, dynamo_modules.SymNodeVariable):
             return None
     return elements(tx, dynamo_modules.iterator_over(tx, iterable))
+
+
+def _unread(items: NumbersOfTensor | SplitTensor) -> NumbersRead | SplitPieces | None:
+    if items.length is None:
+        return None
+    return SplitPieces(items, items.length) if isinstance(items, SplitTensor) else NumbersRead(items, items.length)
 
 
 def _rows(tensor: Any) -> Rows | None:
@@ -151,7 +191,13 @@ def carries(tx: Any) -> tuple[str, ...] | None:
     for name, stores in dynamo.names_stored(body).items():
         if not dynamo.is_live(tx, name):
             continue
-        if name not in values or not isinstance(dynamo_modules.realized(values[name]), dynamo_modules.TensorVariable):
+        value = values.get(name)
+        if value is not None and dynamo_modules.python_number(dynamo_modules.realized(value)) is not None:
+            if not dynamo.takes_slices(body):
+                return None  # such as a counter
+            names.append(name)
+            continue
+        if value is None or not isinstance(dynamo_modules.realized(value), dynamo_modules.TensorVariable):
             return None
         if all(map(dynamo.is_in_place, stores)):
             continue

@@ -131,7 +131,8 @@ class Lifted:
         if step.op is Primitive.SELECT_EXPERT:
             table, dim = self._values[step.args[0]], step.args[1]
             table = table.movedim(dim, 0) if dim else table
-            return table if table.shape[0] == num_experts else table.narrow(0, 0, num_experts)
+            size = table.shape[0]  # that of a `bincount` is not known when compiling
+            return table if isinstance(size, int) and size == num_experts else table.narrow(0, 0, num_experts)
         if not isinstance(step.op, torch._ops.OpOverload) and step.op is not operator.getitem:
             args, kwargs = self._arguments(step)  # arithmetic on the number of the expert
             return step.op(*args, **kwargs)  # type: ignore[operator]

@@ -20,6 +20,7 @@ from moe_rewrite.loop import (
     ExpertsLoop,
     Kind,
     MaskDispatch,
+    Place,
     Primitive,
     Refusal,
     Step,
@@ -28,7 +29,7 @@ from moe_rewrite.loop import (
     Write,
 )
 from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, operation, shares_memory
-from moe_rewrite.recognise import provenance
+from moe_rewrite.recognise import provenance, rules
 from moe_rewrite.recognise.aten import retrace
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
 from moe_rewrite.recognise.membership import EXPERT, Form
@@ -96,13 +97,39 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
             a is not b and shares_memory(a, b) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
-        elif writes and (theirs & mine or (loop.carried and other.outcome.carried)):
+        elif writes and (
+            (loop.carried and other.outcome.carried) or (theirs & mine and not _write_apart(loop, other.outcome))
+        ):
             reason = "one way through the body writes where another one does"
         elif loop.collected or other.outcome.collected:
             reason = "different ways through the body put values into one list"
         if reason:
             return Finding(finding.region, Refusal(loop.path, loop.location, reason))
     return finding
+
+
+def _write_apart(loop: ExpertsLoop, other: ExpertsLoop) -> bool:
+    """Whether two paths write rows to places of their own: each entry of the same ids has one, and one expert."""
+    dispatches = loop.dispatch, other.dispatch
+    if not all(isinstance(dispatch, TopKDispatch) and dispatch.merged is None for dispatch in dispatches):
+        return False
+    ids = [_expression(path, path.dispatch.expert_ids) for path in (loop, other)]  # type: ignore[union-attr]
+    every_axis = Place(range(len(loop.dispatch.shape)))  # type: ignore[union-attr]
+    apart = all(combine.place == every_axis for combine in (*loop.combines, *other.combines))
+    return ids[0] == ids[1] and apart and not any(set(a) & set(b) for a in loop.experts for b in other.experts)
+
+
+def _expression(loop: ExpertsLoop, value: object) -> object:
+    """How a value is computed, down to the loop's inputs; equal for two values that are computed in the same way."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_expression(loop, entry) for entry in value)
+    if not isinstance(value, Value):
+        return value
+    step = next(step for step in loop.steps if step.result is value)
+    if step.op is Primitive.INPUT:
+        return loop.inputs[step.args[0]]
+    named = tuple((name, _expression(loop, argument)) for name, argument in step.kwargs.items())
+    return step.op, _expression(loop, step.args), named
 
 
 def _changed_inputs(loop: ExpertsLoop) -> set[fx.Node]:
@@ -391,6 +418,8 @@ def _experts(region: Region, steps: tuple[Step, ...]) -> tuple[tuple[range, ...]
     for step in steps:
         if step.op is Primitive.SELECT_EXPERT:
             size = step.args[0].example.shape[step.args[1]]
+            if rules.at_least(size, max(r.stop for r in region.experts)):
+                continue
             if not isinstance(size, int):
                 raise Refused(f"the number of experts in `{step.args[0]}` is not known when compiling")
             limit = size if limit is None else min(limit, size)

@@ -180,6 +180,13 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def at_least(size: Any, least: int) -> bool:
+    """Whether a size is known to be ``least`` or more."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(size >= least))
+
+
 def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:
     along_dim = (
         "sum mean amax amin var std var_mean std_mean logsumexp _softmax _log_softmax cumsum cumprod "

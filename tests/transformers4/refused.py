@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 
-_SPLIT = "rows are split by sizes that are read back as a list: one graph, unrolled"
-
 NOT_REWRITTEN = {
-    "AriaGroupedExpertsGemm": "rows are sliced between two entries of a running sum",
-    "DeepseekV2MoE": "rows are sliced by a running sum of counts that are read back",
-    "GraniteMoeHybridParallelExperts": _SPLIT,
-    "GraniteMoeParallelExperts": _SPLIT,
-    "GraniteMoeSharedParallelExperts": _SPLIT,
-    "JetMoeParallelExperts": _SPLIT,
     "LongcatFlashMoE": "the last experts are modules of another class, nn.Identity",
     "NllbMoeSparseMLP": "rows are read from, and written into, a tensor for each expert",
     "SwitchTransformersSparseMLP": "the hits are read back as a list",
@@ -26,7 +18,6 @@ _POSITIONS_AS_LISTS = "the positions of an expert's rows are read back as lists 
 
 OLDER_NOT_REWRITTEN = {
     "Dbrx440": _POSITIONS_AS_LISTS,
-    "DeepseekMoeInference": "rows are sliced by a running sum of counts that are read back",
     "Mixtral436": _POSITIONS_AS_LISTS,
 }
 """By the name of the form in older.py."""
