@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from compare import run
 from loops import HIDDEN, NUM_EXPERTS, TOP_K, Loop, Moe, assert_same, inputs, observe
-from torch import Tensor, nn
+from torch import Tensor
 
-import moe_rewrite
-from moe_rewrite.loop import ExpertsLoop, MaskDispatch, TopKDispatch
+from moe_rewrite.loop import MaskDispatch, TopKDispatch
 
 BACKENDS = ("batched_mm", "grouped_mm")
 
@@ -241,21 +241,6 @@ REWRITTEN: tuple[Loop, ...] = (
     *(split_and_cat, split_beside_modules, split_twice, only_those_with_rows, inference_of_modules),
     *(weights_in_pieces, lower_precision_result),
 )
-
-
-def run(loop: Loop, args: tuple[Any, ...], backend: str, backward: bool = True, **kwargs: Any) -> list[ExpertsLoop]:
-    """Compare a loop with itself in Python; what it was recognised as."""
-    eager, module = Moe(loop), Moe(loop)
-    for made in (eager, module):
-        for index, expert in enumerate(made.experts):
-            nn.init.normal_(expert.weight, generator=torch.Generator().manual_seed(index))
-    options = {"inner": "eager", "experts": backend}
-    torch._dynamo.reset()
-    fn = torch.compile(module, backend="moe_rewrite", options=options, **kwargs)
-    expected = observe(eager, eager, args, backward)
-    assert_same(observe(fn, module, args, backward), expected)
-    with torch.set_grad_enabled(backward):
-        return [report.loop for report in moe_rewrite.explain(fn, *args).loops if report.refusal is None]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

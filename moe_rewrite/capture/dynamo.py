@@ -194,6 +194,20 @@ def is_in_place(instruction: Instruction) -> bool:
     return instruction.opname == "BINARY_OP" and FIRST_IN_PLACE <= (instruction.arg or 0) <= 25
 
 
+def is_comprehension(body: list[Instruction]) -> bool:
+    """Whether a body is that of a list comprehension. torch 2.11, 2.13."""
+    return len(body) > 1 and body[-2].opname == "LIST_APPEND" and body[-1].opname.startswith("JUMP")
+
+
+def below_iterator(tx: Any) -> Any:
+    """What stands on the stack below the iterator of a loop, at its head: the list that a comprehension makes."""
+    return tx.stack[-2].realize() if len(tx.stack) > 1 else None
+
+
+def set_below_iterator(tx: Any, variable: Any) -> None:
+    tx.stack[-2] = variable
+
+
 def takes_slices(body: list[Instruction]) -> bool:
     """Whether a body has a slice in it. torch 2.11, 2.13."""
     return any(i.opname in ("BUILD_SLICE", "BINARY_SLICE", "STORE_SLICE") for i in body)
@@ -403,6 +417,16 @@ def depends_only_on(variable: Any, number: Any) -> bool:
     if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
         return False
     return bool(variable.sym_num.node.expr.free_symbols == number.sym_num.node.expr.free_symbols)
+
+
+def steps_of(variable: Any, number: Any) -> tuple[int, int] | None:
+    """``(a, b)`` where ``variable`` is ``a * number + b``; None for others. torch 2.11, 2.13."""
+    if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
+        return None
+    expression, symbol = variable.sym_num.node.expr, number.sym_num.node.expr
+    step = expression.coeff(symbol)
+    rest = expression - step * symbol
+    return (int(step), int(rest)) if step.is_Integer and rest.expand().is_Integer else None
 
 
 def _example(variable: Any) -> torch.Tensor | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from moe_rewrite.capture import dynamo, dynamo_modules, static
-from moe_rewrite.capture.index import subscript, truth
-from moe_rewrite.capture.lists import CountOfPieces, concatenated, rows_of_all
+from moe_rewrite.capture.index import ExpertIndexVariable, subscript, truth
+from moe_rewrite.capture.lists import CollectingList, CountOfPieces, concatenated, rows_of_all
 from moe_rewrite.capture.modules import pick
 from moe_rewrite.capture.numbers import NumbersOfTensor, UnreadIterator, arithmetic, as_number, bincount, is_tally
 from moe_rewrite.capture.pieces import SplitTensor, put, take
@@ -192,6 +192,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
     dynamo.wrap_method(dynamo.TorchInGraphFunctionVariable, "call_function", _call_torch)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_OP", _binary_operator)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SLICE", _slice)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "LIST_APPEND", _append)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "UNPACK_SEQUENCE", _unpack)
     dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SLICE", _store_slice)
     dynamo.wrap_opcodes(lambda opcode: opcode == "GET_ITER", _get_iterator)
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
@@ -393,12 +395,7 @@ def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) ->
     capture = _tracing(tx.output)
     if capture is not None and isinstance(tx.stack[-2].realize(), dynamo.TensorVariable):
         value, container, key = (item.realize() for item in tx.stack[-3:])
-        if put(tx, capture.loops[-1], container, key, value):
-            tx.stack[-3:] = []
-            return None
-        selected = subscript(tx, capture.loops[-1], container, key)
-        if selected is not None:
-            selected.call_method(tx, "copy_", [tx.stack[-3]], {})
+        if _put(tx, capture.loops[-1], container, key, value):
             tx.stack[-3:] = []
             return None
     return original(tx, instruction)
@@ -409,8 +406,9 @@ def _slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     capture = _tracing(tx.output)
     if capture is not None:
         container, *bounds = (item.realize() for item in tx.stack[-3:])
-        key = dynamo.slice_of(bounds)
-        rows = take(tx, capture.loops[-1], container, key) if isinstance(container, dynamo.TensorVariable) else None
+        loop, key, rows = capture.loops[-1], dynamo.slice_of(bounds), None
+        if isinstance(container, dynamo.TensorVariable):
+            rows = take(tx, loop, container, key) or subscript(tx, loop, container, key)
         if rows is not None:
             tx.stack[-3:] = [rows]
             return None
@@ -422,11 +420,40 @@ def _store_slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any
     capture = _tracing(tx.output)
     if capture is not None:
         value, container, *bounds = (item.realize() for item in tx.stack[-4:])
-        is_tensor = isinstance(container, dynamo.TensorVariable)
-        if is_tensor and put(tx, capture.loops[-1], container, dynamo.slice_of(bounds), value):
+        key = dynamo.slice_of(bounds)
+        if isinstance(container, dynamo.TensorVariable) and _put(tx, capture.loops[-1], container, key, value):
             tx.stack[-4:] = []
             return None
     return original(tx, instruction)
+
+
+def _put(tx: Any, loop: RolledIterator, container: Any, key: Any, value: Any) -> bool:
+    """``container[key] = value`` for a key that is made of the iteration's numbers. Returns whether it is."""
+    if put(tx, loop, container, key, value):
+        return True
+    selected = subscript(tx, loop, container, key)
+    if selected is not None:
+        selected.call_method(tx, "copy_", [value], {})
+    return selected is not None
+
+
+def _append(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``[expert(x) for expert in experts]``"""
+    made = tx.stack[-1 - instruction.arg]
+    if not isinstance(made, CollectingList):
+        return original(tx, instruction)
+    made.call_method(tx, "append", [tx.stack.pop()], {})
+    return None
+
+
+def _unpack(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``for (expert,) in hits:``"""
+    index = tx.stack[-1]
+    items = index.unpacked(tx, instruction.argval) if isinstance(index, ExpertIndexVariable) else None
+    if items is None:
+        return original(tx, instruction)
+    tx.stack[-1:] = items
+    return None
 
 
 def _compare(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:

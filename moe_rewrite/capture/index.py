@@ -102,6 +102,10 @@ class ExpertIndexVariable(dynamo.TensorWithTFOverrideVariable):  # type: ignore[
         rest = keys[:dim] + [dynamo.full_slice()] * self.ndim + keys[dim + 1 :]
         return selected if all(map(_is_full_slice, rest)) else dynamo.index(tx, selected, rest)
 
+    def unpacked(self, tx: Any, count: int) -> Any:
+        """The items of ``(expert,) = index``; None where there are not as many."""
+        return [self.as_scalar(tx)] if self.ndim == 1 and count == 1 else None
+
     def as_scalar(self, tx: Any) -> ExpertIndexVariable:
         """The index as a 0-dim tensor variable."""
         if self.ndim == 0:
@@ -168,6 +172,8 @@ def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     """
     keys = list(key.items) if dynamo.is_tuple(key) else [key]
     keys = [_as_number_for_each(tx, item, keys) for item in keys]
+    if any(_block(loop, item) for item in keys):
+        return _take_block(tx, loop, container, keys)
     places = [place for place, item in enumerate(keys) if loop.is_index(item) and getattr(item, "ndim", 0) == 0]
     if not places:
         return None
@@ -180,10 +186,43 @@ def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     else:  # counted from the end, an ellipsis before the index does not matter
         has_ellipsis = any(dims is None for dims in before)
         dim = container.ndim - sum(dims or 0 for dims in after) - 1 if has_ellipsis else sum(d or 0 for d in before)
-    scalar = loop.path.index.as_scalar(tx).as_tensor()
-    selected = dynamo.call_in_graph(tx, markers.select, [container, dim, scalar])
+    selected = _select(tx, loop, container, dim)
     rest = [_plain(item) for item in keys[:place] + keys[place + 1 :]]
     return selected if all(map(_is_full_slice, rest)) else dynamo.index(tx, selected, rest)
+
+
+def _select(tx: Any, loop: Any, container: Any, dim: int) -> Any:
+    return dynamo.call_in_graph(tx, markers.select, [container, dim, loop.path.index.as_scalar(tx).as_tensor()])
+
+
+def _block(loop: Any, key: Any) -> tuple[int, int, int] | None:
+    """``(stride, first, length)`` of a key ``index * stride + first : index * stride + first + length``."""
+    bounds = dynamo.slice_bounds(key)
+    if bounds is None or loop.path.number is None or not dynamo_modules.is_none(bounds[2]):
+        return None
+    start, stop = (dynamo.steps_of(bound, loop.path.number) for bound in bounds[:2])
+    if start is None or stop is None or start[0] != stop[0]:
+        return None
+    stride, first, length = start[0], start[1], stop[1] - start[1]
+    return (stride, first, length) if stride > 0 and first >= 0 and 0 < length <= stride - first else None
+
+
+def _take_block(tx: Any, loop: Any, container: Any, keys: list[Any]) -> Any:
+    """``weight[expert * n : (expert + 1) * n]``: the expert's part of ``weight.unflatten(0, (-1, n))``."""
+    dim = next(place for place, key in enumerate(keys) if _block(loop, key))
+    size = container.as_proxy().node.meta["example_value"].shape[dim] if dim < container.ndim else None
+    stride, first, length = _block(loop, keys[dim]) or (0, 0, 0)
+    others = keys[:dim] + keys[dim + 1 :]
+    if not isinstance(size, int) or size % stride or not all(map(_is_full_slice, others)):
+        return None
+    if any(key.as_python_constant() is Ellipsis for key in others):
+        return None
+    parts = dynamo.tuple_of([dynamo.constant(tx, size // stride), dynamo.constant(tx, stride)])
+    blocks = container.call_method(tx, "unflatten", [dynamo.constant(tx, dim), parts], {})
+    own = _select(tx, loop, blocks, dim)
+    if length == stride:
+        return own
+    return own.call_method(tx, "narrow", [dynamo.constant(tx, number) for number in (dim, first, length)], {})
 
 
 def _as_number_for_each(tx: Any, key: Any, keys: list[Any]) -> Any:

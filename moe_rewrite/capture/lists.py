@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from moe_rewrite.capture.rolled import Path, RolledIterator
 
 
+COMPREHENSION = "[... for ...]"
+"""The name of the list that a comprehension makes."""
+
+
 class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
     """Stands in for a list while a body is traced: it can be appended to once, and nothing else."""
 

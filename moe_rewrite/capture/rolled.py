@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from moe_rewrite import markers
-from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.capture import dynamo, dynamo_modules, static
 from moe_rewrite.capture.index import ExpertIndexVariable
-from moe_rewrite.capture.lists import CollectingList
+from moe_rewrite.capture.lists import COMPREHENSION, CollectingList
 from moe_rewrite.capture.numbers import NumberAfterLoop, carried_number, is_marked, marked
 from moe_rewrite.capture.pieces import Piece, check_unchanged
 from moe_rewrite.loop import Refusal
@@ -143,6 +143,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             self.refuse("the hits are iterated by something other than a plain `for` statement", tx)
         if self.path is not None:
             self._close_path(tx, self.path)
+        elif self.site is None:  # of a loop over hits this is the first that is seen of its body
+            self.carries = static.carries(tx) or ()
         if not self.waiting:
             self.frame.loops.remove(self)
             dynamo.stop_iteration(tx)
@@ -170,9 +172,9 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             if is_marked(start):
                 marked(carried[name])
             dynamo.set_local_variable(tx, name, carried[name])
-        lists = {name: CollectingList(self, dynamo.local_variables(tx)[name]) for name in self.lists}
+        lists = {name: CollectingList(self, _list_at(tx, name)) for name in self.lists}
         for name, stand_in in lists.items():
-            dynamo.set_local_variable(tx, name, stand_in)
+            _put_list(tx, name, stand_in)
         self.path = Path(
             experts=experts,
             answers=answers,
@@ -222,9 +224,9 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             alone = not self.waiting and self.paths_traced == 1
             if stand_in.is_of_rows:
                 alone = not stand_in.has_rows_already
-            if now.get(name) is not stand_in or (collected[name] is not None and not alone):
+            if _list_at(tx, name, now) is not stand_in or (collected[name] is not None and not alone):
                 self.refuse(f"not every iteration appends to the list `{name}` in the same way", tx)
-            dynamo.set_local_variable(tx, name, stand_in.original)
+            _put_list(tx, name, stand_in.original)
             stand_in.end()
             if collected[name] is not None:
                 stand_in.extend(tx, collected[name])
@@ -299,6 +301,20 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
     def reconstruct(self, codegen: Any) -> NoReturn:
         """Dynamo wants the iterator back as bytecode: the graph breaks inside the body."""
         self.refuse("the graph breaks inside the loop's body", codegen.tx)
+
+
+def _list_at(tx: Any, name: str, variables: dict[str, Any] | None = None) -> Any:
+    """The list that is called ``name``, or that the comprehension makes."""
+    if name == COMPREHENSION:
+        return dynamo.below_iterator(tx)
+    return (dynamo.local_variables(tx) if variables is None else variables).get(name)
+
+
+def _put_list(tx: Any, name: str, variable: Any) -> None:
+    if name == COMPREHENSION:
+        dynamo.set_below_iterator(tx, variable)
+    else:
+        dynamo.set_local_variable(tx, name, variable)
 
 
 def _ranges(values: Iterable[int]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.capture.lists import COMPREHENSION
 from moe_rewrite.capture.modules import ExpertModules
 from moe_rewrite.capture.numbers import NumbersOfTensor, UnreadIterator
 from moe_rewrite.capture.pieces import SplitTensor
@@ -212,7 +213,10 @@ def carries(tx: Any) -> tuple[str, ...] | None:
 def lists(tx: Any) -> tuple[str, ...]:
     """The local variables with a list that the body of the loop at hand appends to."""
     values = dynamo.local_variables(tx)
-    names = dict.fromkeys(dynamo.appended_to(dynamo.loop_body(tx)))
+    body = dynamo.loop_body(tx)
+    if dynamo.is_comprehension(body) and dynamo_modules.is_list(dynamo.below_iterator(tx)):
+        return (COMPREHENSION,)
+    names = dict.fromkeys(dynamo.appended_to(body))
     return tuple(name for name in names if name in values and dynamo_modules.is_list(values[name]))
 
 
