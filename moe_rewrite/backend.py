@@ -16,7 +16,7 @@ from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.inner import compile_inner
 from moe_rewrite.loop import Refusal
 from moe_rewrite.lower import EAGER
-from moe_rewrite.nodes import has_unknown_size
+from moe_rewrite.nodes import erase_unused, has_unknown_size
 from moe_rewrite.report import LoopReport, log_reports
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
 
@@ -84,7 +84,12 @@ _WRITTEN = "the graph writes into a parameter of the experts"
 
 
 def _has_unknown_sizes_of_its_own(gm: fx.GraphModule) -> bool:
-    """Whether the graph, apart from what loops were rewritten into, holds sizes that only run time knows."""
+    """Whether the graph, apart from what loops were rewritten into, holds sizes that only run time knows.
+
+    What nothing uses does not count, and goes.
+    """
+    erase_unused([node for node in gm.graph.nodes if has_unknown_size(node)])
+    gm.recompile()
     return any(has_unknown_size(node) for node in gm.graph.nodes if "moe_rewrite" not in node.meta)
 
 

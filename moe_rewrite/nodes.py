@@ -28,8 +28,8 @@ def operation(node: fx.Node) -> str:
 
     ``""`` for anything that is no operation of torch's, whatever it is called.
     """
-    if node.op == "call_method":
-        return str(node.target)
+    if node.op == "call_method":  # `x == y` is `x.__eq__(y)` in the graphs of some versions
+        return str(node.target).removeprefix("__").removesuffix("__")
     if node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):

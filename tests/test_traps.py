@@ -54,7 +54,7 @@ class Trap:
     args: Callable[[], Args] = inputs
 
 
-SIDE_EFFECT = "side effect|Python object"
+SIDE_EFFECT = "side effect|Python object|`setattr`"
 
 REFUSED: dict[str, Trap] = {}
 RIGHT: dict[str, Trap] = {}
@@ -148,7 +148,7 @@ def roll_rows(m, x, ids, weights, expert, slot, token):
     return x[token].roll(1, 0)
 
 
-@refused_body("number of rows")
+@refused_body("number of rows|along the rows")
 def first_row_taken_off(m, x, ids, weights, expert, slot, token):
     return x[token] - x[token][:1]
 
@@ -282,7 +282,7 @@ def assigned_at_token(m, x, ids, weights):
     return out
 
 
-@refused("`out` is changed by one iteration and read by the next")
+@refused("reads the accumulator that it adds to")
 def accumulator_rebound(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.polyfills import builtins as builtins_polyfill
-from torch._dynamo.source import GlobalSource
+from torch._dynamo.source import GenericAttrSource, GlobalSource
 from torch._dynamo.variables import (
     ConstantVariable,
     ListVariable,
@@ -176,14 +176,23 @@ def source_of_item(variable: Any) -> Any:
 
 
 def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
-    """Trace again once ``holds(value of source)`` is false. torch 2.11, 2.13."""
+    """Trace again once ``holds(value of source)`` is false, for a module. torch 2.11, 2.13.
 
-    def build(builder: GuardBuilder, guard: Guard) -> None:
-        code = [f"moe_rewrite: {what}"]
-        guard.set_export_info("LAMBDA_GUARD", None, code, None)
-        builder.get_guard_manager(guard).add_lambda_guard(holds, code, guard.user_stack)
+    Where Dynamo passes over the guards below a module whose ``__dict__`` is the one that it was
+    (``use_recursive_dict_tags_for_guards``, which is on in 2.11), it would pass over this one too: what is looked at lies
+    deeper. A guard that goes another way than by ``__dict__`` keeps it from doing so for this module and its parents.
+    """
 
-    install_guard(Guard(source, build))
+    def guard_of(source: Any, holds: Callable[[Any], bool], code: list[str]) -> Guard:
+        def build(builder: GuardBuilder, guard: Guard) -> None:
+            guard.set_export_info("LAMBDA_GUARD", None, code, None)
+            builder.get_guard_manager(guard).add_lambda_guard(holds, code, guard.user_stack)
+
+        return Guard(source, build)
+
+    install_guard(guard_of(source, holds, [f"moe_rewrite: {what}"]))
+    by_another_way = GenericAttrSource(source, "training")
+    install_guard(guard_of(by_another_way, lambda _: True, [f"moe_rewrite: look at {what} at each call"]))
 
 
 def global_variable(tx: Any, prefix: str, value: Any) -> Any:

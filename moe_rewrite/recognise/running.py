@@ -88,7 +88,7 @@ def entries(node: fx.Node, known: Mapping[fx.Node, Bound] | None = None) -> Pref
     if name == "cumsum" and source is not None and (*node.args[1:], *node.kwargs.values()) in ((0,), (-1,)):
         sizes = entries(source)
         return Prefix(sizes.sizes, 1) if sizes == Size(root(source)) else Size(node)
-    if name in ("sub", "__sub__") and len(node.args) == 2 and not node.kwargs:
+    if name == "sub" and len(node.args) == 2 and not node.kwargs:
         parts = [entries(arg) if isinstance(arg, fx.Node) else None for arg in node.args]
         found = _difference(*parts)
         return found if isinstance(found, Prefix) else Size(node)
