@@ -143,6 +143,8 @@ def _replace(
 
     try:
         new, outputs = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
-    except NotLiftedError as error:
-        raise LoopRefused([report.refused(str(error).splitlines()[0])]) from error
+    except Exception as error:  # sizes that only run time knows, say
+        said = (str(error).splitlines() or [""])[0]
+        reason = said if isinstance(error, NotLiftedError) else f"it cannot be lowered: {type(error).__name__}: {said}"
+        raise LoopRefused([report.refused(reason)]) from error
     return dataclasses.replace(report, loop=loop, after=standalone_code(new, loop.inputs)), outputs

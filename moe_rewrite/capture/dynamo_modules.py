@@ -178,9 +178,9 @@ def source_of_item(variable: Any) -> Any:
 def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
     """Trace again once ``holds(value of source)`` is false, for a module. torch 2.11, 2.13.
 
-    Where Dynamo passes over the guards below a module whose ``__dict__`` is the one that it was
-    (``use_recursive_dict_tags_for_guards``, which is on in 2.11), it would pass over this one too: what is looked at lies
-    deeper. A guard that goes another way than by ``__dict__`` keeps it from doing so for this module and its parents.
+    Dynamo may pass over the guards below a module whose ``__dict__`` is as it was (the setting
+    ``use_recursive_dict_tags_for_guards``, which is on in 2.11). What this one looks at lies deeper. A guard that goes
+    another way than by ``__dict__`` keeps Dynamo from doing so for this module and its parents.
     """
 
     def guard_of(source: Any, holds: Callable[[Any], bool], code: list[str]) -> Guard:

@@ -384,10 +384,20 @@ def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
     elif capture is not None and capture.loops[-1].is_index(key):
         selected = static.pick_row(tx, capture.loops[-1], dynamo_modules.sequence_items(container))
+    if capture is None:
+        selected = _part_of_numbers(tx, tx.stack[-2], tx.stack[-1])
     if selected is None:
         return original(tx, instruction)
     tx.stack[-2:] = [selected]
     return None
+
+
+def _part_of_numbers(tx: Any, container: Any, key: Any) -> Any:
+    """``offsets[1:]`` of ``offsets = counts.cumsum(0).tolist()``; None for anything else."""
+    bounds = dynamo.slice_bounds(key) if isinstance(container, NumbersOfTensor) else None
+    if bounds is None or not all(bound.is_python_constant() for bound in bounds):
+        return None
+    return container.part(tx, dynamo.slice_of(bounds))
 
 
 def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
@@ -404,7 +414,12 @@ def _store_subscript(original: Callable[..., Any], tx: Any, instruction: Any) ->
 def _slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     """``x[start:stop]`` in a body (Python 3.12)."""
     capture = _tracing(tx.output)
-    if capture is not None:
+    if capture is None:
+        rows = _part_of_numbers(tx, tx.stack[-3], dynamo.slice_of(list(tx.stack[-2:])))
+        if rows is not None:
+            tx.stack[-3:] = [rows]
+            return None
+    else:
         container, *bounds = (item.realize() for item in tx.stack[-3:])
         loop, key, rows = capture.loops[-1], dynamo.slice_of(bounds), None
         if isinstance(container, dynamo.TensorVariable):

@@ -50,6 +50,8 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         index = path.index.as_tensor()
         if dynamo_modules.is_older(self.appended[0], index):
             self.loop.refuse("what is appended to a list was there before the iteration")
+        if any(dynamo_modules.any_share_memory([self.appended[0], piece.rows]) for piece in path.pieces):
+            self.loop.refuse("a piece of a tensor is put into a list as it is")
         if self.is_of_rows:
             return dynamo.call_in_graph(tx, markers.collect_rows, [index, self.appended[0], self._total(tx, path)])
         return dynamo.call_in_graph(tx, markers.collect, [index, self.appended[0], len(self.loop.values)])
@@ -68,7 +70,7 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         """How many rows there are of all iterations; -1 where only run time knows."""
         known = {carried.as_proxy().node: Prefix(None, 0) for carried in path.carried.values()}
         for key, positions in path.asked_pieces.items():
-            stop = bound(key[1], known)
+            stop = bound(key[1], known, min(path.experts))
             found = isinstance(stop, Prefix) and stop.sizes is not None
             if found and dynamo_modules.is_of_length(self.appended[0], positions):
                 container = positions.as_proxy().node.args[3]

@@ -40,22 +40,34 @@ class NumbersOfTensor(dynamo.VariableTracker):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.frame = frame
         self.tensor = tensor
+        self._changes = self._times_changed()
+
+    def _times_changed(self) -> int:
+        version: int = example_value(self.tensor.as_proxy().node)._version
+        return version
 
     def python_type(self) -> type:
         return list
 
     def at_index(self, tx: Any, loop: RolledIterator, key: Any) -> Any:
         """The number at ``key``, a number that is made of the index of ``loop``."""
+        tensor = self.unchanged_tensor()
         if loop.is_index(key):
             index = loop.path.index.as_scalar(tx).as_proxy()  # type: ignore[union-attr]
-            picked = dynamo_modules.put_in_graph(tx, markers.select, self.tensor.as_proxy(), 0, index)
+            picked = dynamo_modules.put_in_graph(tx, markers.select, tensor.as_proxy(), 0, index)
         else:
-            picked = self.tensor.call_method(tx, "__getitem__", [key], {})
+            picked = tensor.call_method(tx, "__getitem__", [key], {})
         return marked(picked)
 
-    def piece(self, tx: Any, bounds: Any) -> NumbersOfTensor:
+    def part(self, tx: Any, bounds: Any) -> NumbersOfTensor:
         """``numbers[1:]``."""
-        return NumbersOfTensor(self.frame, self.tensor.call_method(tx, "__getitem__", [bounds], {}))
+        return NumbersOfTensor(self.frame, self.unchanged_tensor().call_method(tx, "__getitem__", [bounds], {}))
+
+    def unchanged_tensor(self) -> Any:
+        """The tensor, if it has not changed since eager has read the numbers."""
+        if self._times_changed() != self._changes:
+            self._read()
+        return self.tensor
 
     @property
     def length(self) -> int | None:

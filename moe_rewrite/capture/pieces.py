@@ -44,12 +44,13 @@ class SplitTensor(dynamo.VariableTracker):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.frame: FrameCapture = numbers.frame
         self.tensor = tensor
-        self.stops = numbers.tensor.call_method(tx, "cumsum", [dynamo.constant(tx, 0)], {})
-        self.starts = self.stops.call_method(tx, "__sub__", [numbers.tensor], {})
+        sizes = numbers.unchanged_tensor()
+        self.stops = sizes.call_method(tx, "cumsum", [dynamo.constant(tx, 0)], {})
+        self.starts = self.stops.call_method(tx, "__sub__", [sizes], {})
         self.length = numbers.length
         rows = example_value(tensor.as_proxy().node).shape[0]
-        if not is_total(root(numbers.tensor.as_proxy().node), rows, self.length or 0):
-            self._check(tx, numbers.tensor)
+        if not is_total(root(sizes.as_proxy().node), rows, self.length or 0):
+            self._check(tx, sizes)
         self.stops.as_proxy().node.meta[TOTAL] = rows
 
     def _check(self, tx: Any, sizes: Any) -> None:

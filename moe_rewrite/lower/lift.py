@@ -47,7 +47,9 @@ class Lifted:
         self.outputs: list[Tensor] = []
         self._values: dict[Value, Any] = {}
         for step in loop.steps:
-            if step.result.kind is Kind.INVARIANT:
+            used = pytree.tree_leaves((step.args, step.kwargs))
+            ready = all(value in self._values for value in used if isinstance(value, Value))
+            if step.result.kind is Kind.INVARIANT and ready:  # the size of what each expert has comes later
                 self._values[step.result] = self._invariant(step)
 
     def pairs(self) -> Pairs:
@@ -71,8 +73,8 @@ class Lifted:
         for step in self.loop.steps:
             if step.result in self._values:
                 continue
-            if step.result.kind is Kind.PER_EXPERT:
-                self._values[step.result] = self._per_expert(step)
+            if step.result.kind is not Kind.PER_ROW:
+                self._values[step.result] = self._before_rows(step)
             elif pairs is not None and product is not None:
                 self._values[step.result] = self._per_row(step, pairs, product)
         carried = [self._values[start].clone() for start in self.loop.carried]
@@ -99,8 +101,8 @@ class Lifted:
         """The value of all experts, of something that does not depend on rows."""
         if value not in self._values:
             for step in self.loop.steps:
-                if step.result.kind is Kind.PER_EXPERT and step.result not in self._values:
-                    self._values[step.result] = self._per_expert(step)
+                if step.result.kind is not Kind.PER_ROW and step.result not in self._values:
+                    self._values[step.result] = self._before_rows(step)
                 if step.result is value:
                     break
         return self._values[value]
@@ -115,6 +117,14 @@ class Lifted:
         lookup = self._values.__getitem__
         args, kwargs = pytree.tree_map_only(Value, lookup, (step.args, step.kwargs))
         return args, kwargs
+
+    def _before_rows(self, step: Step) -> Any:
+        """A value that does not depend on rows."""
+        if step.result.kind is Kind.PER_EXPERT:
+            return self._per_expert(step)
+        if step.op is torch.ops.aten.sym_size.int and step.args[0].kind is Kind.PER_EXPERT:
+            return self._values[step.args[0]].shape[step.args[1] % step.args[0].example.dim() + 1]
+        return self._invariant(step)
 
     def _invariant(self, step: Step) -> Any:
         if step.op is Primitive.INPUT:

@@ -184,9 +184,9 @@ class Pack:
     def _give_up(self) -> None:
         self.released = True
         self._modules_watch = self._tensors_watch = None
-        for table in self._tables.values():
-            table.give_up()
-        with ordinary_tensors(self._unreal):
+        with ordinary_tensors(self._unreal):  # a module may be collected while something is traced
+            for table in self._tables.values():
+                table.give_up()
             for tensor in (*self.template.parameters(), *self.template.buffers()):
                 tensor.data = tensor.detach().new_empty(0)
 

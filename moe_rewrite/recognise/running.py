@@ -43,12 +43,13 @@ class Size:
 Bound = Prefix | Size | int | None
 
 
-def bound(node: object, known: Mapping[fx.Node, Bound]) -> Bound:
+def bound(node: object, known: Mapping[fx.Node, Bound], first: int) -> Bound:
     """What a number of the body is; None where that is not known.
 
     Args:
         node: a number, or a node of Dynamo's graph with one, inside of a captured body.
         known: what is known of some nodes.
+        first: the smallest expert that the body is for.
     """
     if isinstance(node, int):
         return node
@@ -57,60 +58,65 @@ def bound(node: object, known: Mapping[fx.Node, Bound]) -> Bound:
     if node in known:
         return known[node]
     value, name, source = example_value(node), operation(node), first_input(node)
-    if isinstance(value, torch.Tensor) and (value.dim() != 0 or is_written_to(node)):
+    if isinstance(value, torch.Tensor) and (value.dim() != 0 or is_written_to(node) or not _is_wide(value)):
         return None
     if node.target is markers.select:
-        return entries(source, known) if source is not None and node.args[1] == 0 else None
+        return entries(source) if source is not None and node.args[1] == 0 else None
     if source is not None and (name == "getitem" or (name == "select" and node.args[1] == 0)):
         shift = _shift_from_index(node.args[-1])
-        return None if shift is None else _shifted(entries(source, known), shift)
+        if shift is None or first + shift < 0:  # an index below 0 counts from the end
+            return None
+        return _shifted(entries(source), shift)
     if name == "full":
         return node.args[1] if isinstance(node.args[1], int) else None
     if name in PASSES_INTEGERS:
-        return bound(source, known)
+        return bound(source, known, first)
     if name in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
-        left, right = (bound(arg, known) for arg in node.args)
+        left, right = (bound(arg, known, first) for arg in node.args)
         return _sum(left, right) if name == "add" else _difference(left, right)
     return None
 
 
-def entries(node: fx.Node, known: Mapping[fx.Node, Bound] | None = None) -> Prefix | Size | None:
-    """What the entries of a 1-D tensor are, one for each expert."""
+def entries(node: fx.Node) -> Prefix | Size | None:
+    """What the entries of a 1-D tensor are, one for each expert; None where they change, or round and wrap."""
     value, name, source = example_value(node), operation(node), first_input(node)
-    if not isinstance(value, torch.Tensor) or value.dim() != 1:
+    if not isinstance(value, torch.Tensor) or value.dim() != 1 or is_written_to(node):
         return None
-    if is_written_to(node):
-        return Size(node)
     if root(node) is not node:
         return entries(root(node))
-    if value.is_floating_point():
-        return Size(node)
+    if not _is_wide(value):
+        return Size(node) if are_counts(node) else None
     if name == "cumsum" and source is not None and (*node.args[1:], *node.kwargs.values()) in ((0,), (-1,)):
         sizes = entries(source)
-        return Prefix(sizes.sizes, 1) if sizes == Size(root(source)) else Size(node)
+        return Prefix(sizes.sizes, 1) if isinstance(sizes, Size) and sizes.shift == 0 else Size(node)
     if name == "sub" and len(node.args) == 2 and not node.kwargs:
         parts = [entries(arg) if isinstance(arg, fx.Node) else None for arg in node.args]
         found = _difference(*parts)
         return found if isinstance(found, Prefix) else Size(node)
     if name in ("cat", "concat", "concatenate") and isinstance(node.args[0], (tuple, list)):
         return _after_a_zero(node, list(node.args[0]))
-    if name == "pad" and source is not None and _pads_one_zero(node):
+    if name == "pad" and source is not None and _pads_one_zero(node) and _is_of_all(entries(source)):
         return _shifted(entries(source), -1)
     if name == "getitem" and source is not None and isinstance(node.args[1], slice):
         key = node.args[1]
-        if key.step in (None, 1) and isinstance(key.start or 0, int) and (key.start or 0) >= 0:
+        if key.step in (None, 1) and type(key.start or 0) is int and (key.start or 0) >= 0:
             return _shifted(entries(source), key.start or 0)
     return Size(node)
 
 
+def _is_wide(value: torch.Tensor) -> bool:
+    """Whether numbers of rows are themselves in the dtype of a tensor."""
+    return value.dtype in (torch.int64, torch.int32)
+
+
 def root(node: fx.Node) -> fx.Node:
     """The tensor whose integers ``node`` has."""
-    while operation(node) in PASSES_INTEGERS and not is_written_to(node):
+    while operation(node) in PASSES_INTEGERS and not is_written_to(node) and _is_wide(example_value(node)):
         source = first_input(node)
         value = None if source is None else example_value(source)
         if source is None or not isinstance(value, torch.Tensor) or value.dim() != 1 or is_written_to(source):
             break
-        if value.is_floating_point() and not are_counts(source):
+        if not _is_wide(value) and not (value.is_floating_point() and are_counts(source)):
             break
         node = source
     return node
@@ -120,9 +126,14 @@ def _after_a_zero(node: fx.Node, parts: list[object]) -> Prefix | Size:
     first, rest = (parts[0], parts[1]) if len(parts) == 2 else (None, None)
     if isinstance(first, fx.Node) and isinstance(rest, fx.Node) and _is_one_zero(first):
         found = entries(rest)
-        if isinstance(found, Prefix) and (*node.args[1:], *node.kwargs.values()) in ((), (0,), (-1,)):
-            return Prefix(found.sizes, found.shift - 1)
+        if _is_of_all(found) and (*node.args[1:], *node.kwargs.values()) in ((), (0,), (-1,)):
+            return _shifted(found, -1) or Size(node)
     return Size(node)
+
+
+def _is_of_all(found: Bound) -> bool:
+    """Whether the first entry is the first of the sizes: after a zero, entry e is then the sum of the first e."""
+    return isinstance(found, Prefix) and found.shift == 1
 
 
 def _is_one_zero(node: fx.Node) -> bool:
@@ -185,6 +196,8 @@ def _shift_from_index(key: object) -> int | None:
 
 def are_counts(sizes: fx.Node) -> bool:
     """Whether none of ``sizes`` is below 0."""
+    if is_written_to(sizes) or not (_is_wide(example_value(sizes)) or example_value(sizes).is_floating_point()):
+        return False
     if _known_total(sizes) is not None:
         return True
     name, source = operation(sizes), first_input(sizes)
@@ -197,7 +210,7 @@ def are_counts(sizes: fx.Node) -> bool:
 
 def is_total(sizes: fx.Node, rows: int | torch.SymInt, experts: int) -> bool:
     """Whether the first ``experts`` of ``sizes`` are known to add up to ``rows``."""
-    total = _known_total(sizes)
+    total = None if is_written_to(sizes) else _known_total(sizes)
     if total is not None:
         return example_value(sizes).shape[0] == experts and _same(total, rows)
     name, source = operation(sizes), first_input(sizes)
@@ -234,9 +247,13 @@ def _known_total(sizes: fx.Node) -> int | torch.SymInt | None:
 
 
 def _is_zeros_and_ones(node: fx.Node) -> bool:
+    if is_written_to(node):
+        return _ids_of_ones(node) is not None
     while operation(node) in PASSES_INTEGERS and (source := first_input(node)) is not None:
         if example_value(node).dtype is torch.bool or example_value(source).dtype is torch.bool:
             return True
+        if is_written_to(source):
+            return _ids_of_ones(source) is not None
         node = source
     value = example_value(node)
     if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
@@ -281,23 +298,25 @@ def _same(a: object, b: object) -> bool:
 # --- what a way through the body says of sizes -----------------------------------------------------------------------
 
 
-def says_empty(conditions: Iterable[fx.Node], sizes: fx.Node, known: Mapping[fx.Node, Bound]) -> bool:
+def says_empty(
+    conditions: Iterable[fx.Node], sizes: fx.Node, known: Mapping[fx.Node, Bound], first: int
+) -> bool:
     """Whether some of the ``condition`` markers of a path says that the expert's entry of ``sizes`` is 0.
 
-    That entry is none below 0.
+    That entry is none below 0. ``known`` and ``first`` are those of :func:`bound`.
     """
-    return any(_empties(node.args[1], bool(node.args[2]), known) == Size(sizes) for node in conditions)
+    return any(_empties(node.args[1], bool(node.args[2]), known, first) == Size(sizes) for node in conditions)
 
 
-def _empties(truth: object, taken: bool, known: Mapping[fx.Node, Bound]) -> Bound:
+def _empties(truth: object, taken: bool, known: Mapping[fx.Node, Bound], first: int) -> Bound:
     """What is 0 where ``bool(truth)`` is ``taken``."""
-    direct = bound(truth, known)
+    direct = bound(truth, known, first)
     if direct is not None:
         return None if taken else direct
     if not isinstance(truth, fx.Node) or len(truth.args) < 2:
         return None
     name = operation(truth)
-    left, right = (bound(arg, known) for arg in truth.args[:2])
+    left, right = (bound(arg, known, first) for arg in truth.args[:2])
     if (name, taken) in (("eq", True), ("ne", False), ("le", True), ("gt", False)):
         return left if right == 0 and isinstance(right, int) else _difference(left, right) or _difference(right, left)
     if (name, taken) in (("lt", True), ("ge", False)):
