@@ -73,9 +73,20 @@ def comprehension_over_numbers(m, x, ids, weights):
     return torch.stack(outputs).sum(0)
 
 
+def writes_by_a_mask_and_reads_by_its_flat_view(m, x, ids, weights):
+    out, batched, batched_ids = (t.view(2, -1, t.shape[-1]) for t in (torch.zeros_like(x), x, ids))
+    flat, gates = x, torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
+    for e in range(NUM_EXPERTS):
+        mask = (batched_ids == e).any(dim=-1)
+        flat_mask = mask.view(-1)
+        if flat_mask.any():
+            out[mask] += m.expert(flat[flat_mask], e) * gates[flat_mask, e].unsqueeze(1)
+    return out + batched
+
+
 REWRITTEN: tuple[Loop, ...] = (
     *(adds_to_a_new_tensor, scatters_to_a_new_tensor, blocks_of_one_matrix, halves_of_blocks),
-    *(comprehension_and_stack, comprehension_over_numbers),
+    *(comprehension_and_stack, comprehension_over_numbers, writes_by_a_mask_and_reads_by_its_flat_view),
 )
 
 
@@ -210,11 +221,21 @@ def comprehension_of_random_numbers(m, x, ids, weights):
     return torch.stack([m.expert(x, e) + torch.rand_like(x) for e in range(NUM_EXPERTS)]).sum(0)
 
 
+def a_mask_and_its_transpose(m, x, ids, weights):
+    """As many rows, in another order."""
+    out, batched_ids = torch.zeros_like(x).view(2, -1, HIDDEN), ids.view(2, -1, ids.shape[-1])
+    for e in range(NUM_EXPERTS):
+        mask = (batched_ids == e).any(dim=-1)
+        if mask.any():
+            out[mask] += m.expert(x[mask.T.reshape(-1)], e)
+    return out
+
+
 RIGHT: tuple[Loop, ...] = (
     *(reads_what_it_adds_to, starts_again, keeps_the_first, doubles, overlapping_blocks, blocks_past_the_end),
     *(blocks_backwards, block_of_the_next, writes_blocks, changes_blocks_in_place, comprehension_with_a_condition),
     *(comprehension_by_data, comprehension_with_a_side_effect, comprehension_of_views, nested_comprehension),
-    *(comprehension_of_pairs, comprehension_of_random_numbers),
+    *(comprehension_of_pairs, comprehension_of_random_numbers, a_mask_and_its_transpose),
 )
 
 

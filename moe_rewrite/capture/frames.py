@@ -165,12 +165,12 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
         except dynamo.CONTROL_FLOW:
             raise
         except Exception as error:
-            if not isinstance(error, dynamo.DYNAMO_ERRORS) and not capture.loops:
+            not_rolled = getattr(tx.speculation_log, "moe_rewrite_not_rolled", [])
+            if not isinstance(error, dynamo.DYNAMO_ERRORS) and not capture.loops and not (not_rolled and tx.one_graph):
                 raise
             if capture.deferred and not capture.loops:
                 capture.restart_with_plain_lists()
             reason = _reason(error)
-            not_rolled = getattr(tx.speculation_log, "moe_rewrite_not_rolled", [])
             if not_rolled and not capture.loops:
                 _say(f"{'; '.join(map(str, not_rolled))}. Unrolled, Dynamo cannot trace it in one graph: {reason}")
             if capture.loops:

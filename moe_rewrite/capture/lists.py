@@ -70,7 +70,7 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         """How many rows there are of all iterations; -1 where only run time knows."""
         known = {carried.as_proxy().node: Prefix(None, 0) for carried in path.carried.values()}
         for key, positions in path.asked_pieces.items():
-            stop = bound(key[1], known, min(path.experts))
+            stop = bound(key[1], known, range(min(path.experts), max(path.experts) + 1))
             found = isinstance(stop, Prefix) and stop.sizes is not None
             if found and dynamo_modules.is_of_length(self.appended[0], positions):
                 container = positions.as_proxy().node.args[3]

@@ -49,9 +49,9 @@ class _Pieces:
     length: Any
 
 
-def _first(path: Region) -> int:
-    """The smallest expert of a path."""
-    return min(r.start for r in path.experts)
+def _experts(path: Region) -> range:
+    """From the smallest to the largest expert of a path."""
+    return range(min(r.start for r in path.experts), max(r.stop for r in path.experts))
 
 
 class _Loop:
@@ -170,12 +170,14 @@ class _Loop:
                     chains.append([(path, carry, end)])
                 else:
                     chain.append((path, carry, end))
-        return [chain for chain in chains if bound(chain[0][1].args[1], {}, 0) == 0 and len(chain) == len(self.paths)]
+        return [
+            chain for chain in chains if bound(chain[0][1].args[1], {}, range(0)) == 0 and len(chain) == len(self.paths)
+        ]
 
     def _running_sum(self, chain: list[tuple[Region, fx.Node, fx.Node]]) -> None:
         """A number that starts at 0 and to which each iteration adds an entry of some sizes."""
         ends = [(path, carry, end.args[2]) for path, carry, end in chain]
-        found = {bound(end, {carry: Prefix(None, 0)}, _first(path)) for path, carry, end in ends if end is not carry}
+        found = {bound(end, {carry: Prefix(None, 0)}, _experts(path)) for path, carry, end in ends if end is not carry}
         sizes = next((entry.sizes for entry in found if isinstance(entry, Prefix)), None)
         if sizes is None or found != {Prefix(sizes, 1)} or self._first_expert() != 0 or not self._stand_before(sizes):
             return
@@ -198,7 +200,7 @@ class _Loop:
 
     def _first_expert(self) -> int | None:
         """The first index that the loop visits, if it visits all after it in order."""
-        first = min(map(_first, self.paths))
+        first = min(_experts(path).start for path in self.paths)
         return first if length_of_range(self.paths[0].hits) is not None else None
 
     def _last_expert(self) -> int:
@@ -214,7 +216,7 @@ class _Loop:
     def _is_empty(self, path: Region, sizes: fx.Node, known: dict[fx.Node, Bound]) -> bool:
         """Whether a path is for experts whose entry of ``sizes`` is 0."""
         conditions = [node for node in path.body if node.target is markers.condition]
-        if says_empty(conditions, sizes, known, _first(path)):
+        if says_empty(conditions, sizes, known, _experts(path)):
             return True
         pieces = [node for node in path.body if node.target is markers.piece and not node._erased]
         asked = (path.begin, sizes) in self._asked or any(self._sizes(path, node) is sizes for node in pieces)
@@ -224,7 +226,7 @@ class _Loop:
 
     def _sizes(self, path: Region, piece: fx.Node) -> fx.Node | None:
         """The sizes between entries of whose running sum a piece stands, for each expert of a path."""
-        start, stop = (bound(arg, self.known, _first(path)) for arg in piece.args[1:3])
+        start, stop = (bound(arg, self.known, _experts(path)) for arg in piece.args[1:3])
         if not isinstance(stop, Prefix) or stop.sizes is None or stop.shift != 1:
             return None
         at_zero = start == 0 and isinstance(start, int) and path.experts == (range(1),)
@@ -286,9 +288,10 @@ class _Loop:
         """Whether each of ``rows`` stands between the bounds of a piece. Below 0 they count from the end."""
         bounds = []
         for arg in node.args[1:3]:
-            from_end = self._put(node, torch.add, arg, length)
-            below = self._put(node, torch.lt, arg, 0)
-            bounds.append(self._put(node, torch.where, below, from_end, arg))
+            number = self._put(node, "to", arg, torch.int64)
+            from_end = self._put(node, torch.add, number, length)
+            below = self._put(node, torch.lt, number, 0)
+            bounds.append(self._put(node, torch.where, below, from_end, number))
         after_start = self._put(node, torch.ge, rows, bounds[0])
         before_stop = self._put(node, torch.lt, rows, bounds[1])
         return self._put(node, torch.logical_and, after_start, before_stop)

@@ -15,10 +15,10 @@ from moe_rewrite.loop import Kind, Place, Primitive, Step, Value
 from moe_rewrite.recognise import rules
 from moe_rewrite.recognise.effects import Effects, Special
 from moe_rewrite.recognise.leading import PERMUTES, RESHAPES, Behind, operator_behind, rearranged
-from moe_rewrite.recognise.membership import is_index_number, meanings
+from moe_rewrite.recognise.membership import Form, is_index_number, meanings
 from moe_rewrite.recognise.pieces import REASON
 from moe_rewrite.recognise.refused import Refused
-from moe_rewrite.recognise.selection import Selection
+from moe_rewrite.recognise.selection import Selection, merged_dims
 
 aten = torch.ops.aten
 
@@ -156,6 +156,7 @@ class RowProgram:
     def _select_rows(self, mask: fx.Node, node: fx.Node) -> Selection:
         if self.value(mask).kind is not Kind.PER_EXPERT:
             raise Refused("the selected rows do not depend on the expert", node)
+        mask, _ = self._behind_view(mask)
         selection = Selection.by(mask, self.meanings.get(mask))
         if selection.ids is not None and self.value(selection.ids).kind is not Kind.INVARIANT:
             selection = Selection.by(mask, None)
@@ -163,6 +164,14 @@ class RowProgram:
             raise Refused("the body selects rows in two different ways", node)
         self.selection = self.selection or selection
         return selection
+
+    def _behind_view(self, mask: fx.Node) -> tuple[fx.Node, list[list[int]]]:
+        """The mask that ``mask`` is a flattened view of, if its meaning is known, and its dimensions for each."""
+        found = merged_dims(mask)
+        meaning = None if found is None else self.meanings.get(found[0])
+        if found is not None and meaning is not None and meaning.form is Form.SELECTED:
+            return found
+        return mask, [[dim] for dim in range(mask.meta["val"].dim())]
 
     def _nonzero_behind(self, node: Any) -> fx.Node | None:
         """The ``nonzero`` that ``node`` is, or is the columns of."""
@@ -205,6 +214,25 @@ class RowProgram:
 
     def column(self, mask: Any, dim: int, example: Any) -> Value:
         """Where the rows that ``mask`` selects stand along one of its dimensions."""
+        base, dims = self._behind_view(mask)
+        first, *rest = dims[dim]
+        position = self._position(first, example)
+        for inner in rest:
+            size = base.meta["val"].shape[inner]
+            if not isinstance(size, int):
+                size = self.extra_step("size", Kind.INVARIANT, size, aten.sym_size.int, self.value(base), inner)
+            outer = self.extra_step("position", Kind.PER_ROW, example, aten.mul.Tensor, position, size)
+            within = self._position(inner, example)
+            position = self.extra_step("position", Kind.PER_ROW, example, aten.add.Tensor, outer, within)
+        if rest:
+            assert self.selection is not None
+            axes = [self.selection.axes[inner] for inner in dims[dim]]
+            if None not in axes and axes == list(range(axes[0], axes[0] + len(axes))):  # type: ignore[arg-type, operator]
+                self.places[position] = Place(range(axes[0], axes[0] + len(axes)))  # type: ignore[arg-type, operator]
+        return position
+
+    def _position(self, dim: int, example: Any) -> Value:
+        """Where the selected rows stand along a dimension of the mask that they are selected by."""
         assert self.selection is not None
         axis = self.selection.axes[dim]
         known = self._columns.get((axis, dim))

@@ -16,6 +16,7 @@ from torch import fx
 from moe_rewrite import markers
 from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
 from moe_rewrite.recognise.bounds import distinct_run, upper_bound
+from moe_rewrite.recognise.rules import at_least, same_size
 
 PASSES_INTEGERS = ("to", "long", "int", "cpu", "cuda", "detach", "contiguous", "clone", "item", "tolist", "type")
 """Operations that leave integers as they are."""
@@ -43,13 +44,13 @@ class Size:
 Bound = Prefix | Size | int | None
 
 
-def bound(node: object, known: Mapping[fx.Node, Bound], first: int) -> Bound:
+def bound(node: object, known: Mapping[fx.Node, Bound], experts: range) -> Bound:
     """What a number of the body is; None where that is not known.
 
     Args:
         node: a number, or a node of Dynamo's graph with one, inside of a captured body.
         known: what is known of some nodes.
-        first: the smallest expert that the body is for.
+        experts: from the smallest to the largest expert that the body is for.
     """
     if isinstance(node, int):
         return node
@@ -64,15 +65,17 @@ def bound(node: object, known: Mapping[fx.Node, Bound], first: int) -> Bound:
         return entries(source) if source is not None and node.args[1] == 0 else None
     if source is not None and (name == "getitem" or (name == "select" and node.args[1] == 0)):
         shift = _shift_from_index(node.args[-1])
-        if shift is None or first + shift < 0:  # an index below 0 counts from the end
+        length = example_value(source).shape[0]
+        # An index below 0 counts from the end, and one past the end raises.
+        if shift is None or experts.start + shift < 0 or not at_least(length, experts.stop + shift):
             return None
         return _shifted(entries(source), shift)
     if name == "full":
         return node.args[1] if isinstance(node.args[1], int) else None
     if name in PASSES_INTEGERS:
-        return bound(source, known, first)
+        return bound(source, known, experts)
     if name in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
-        left, right = (bound(arg, known, first) for arg in node.args)
+        left, right = (bound(arg, known, experts) for arg in node.args)
         return _sum(left, right) if name == "add" else _difference(left, right)
     return None
 
@@ -212,12 +215,12 @@ def is_total(sizes: fx.Node, rows: int | torch.SymInt, experts: int) -> bool:
     """Whether the first ``experts`` of ``sizes`` are known to add up to ``rows``."""
     total = None if is_written_to(sizes) else _known_total(sizes)
     if total is not None:
-        return example_value(sizes).shape[0] == experts and _same(total, rows)
+        return example_value(sizes).shape[0] == experts and same_size(total, rows)
     name, source = operation(sizes), first_input(sizes)
     if source is None or is_written_to(sizes):
         return False
     if name == "bincount" and are_counts(sizes):
-        return _are_below(source, experts) and _same(example_value(source).numel(), rows)
+        return _are_below(source, experts) and same_size(example_value(source).numel(), rows)
     is_exact = not example_value(sizes).is_floating_point()
     if name == "sum" and is_exact and (*sizes.args[1:], *sizes.kwargs.values()) == (0,):
         while operation(source) in PASSES_INTEGERS and first_input(source) is not None:
@@ -229,7 +232,7 @@ def is_total(sizes: fx.Node, rows: int | torch.SymInt, experts: int) -> bool:
         value = example_value(ids)
         alike = value.dim() == 2 and example_value(source).dim() == 2
         each_once = isinstance(value.shape[-1], int) and distinct_run(ids) % value.shape[-1] == 0
-        return alike and each_once and _are_below(ids, experts) and _same(value.numel(), rows)
+        return alike and each_once and _are_below(ids, experts) and same_size(value.numel(), rows)
     return False
 
 
@@ -289,34 +292,26 @@ def _are_below(ids: fx.Node, experts: int) -> bool:
     return limit is not None and limit <= experts
 
 
-def _same(a: object, b: object) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(a == b))  # type: ignore[arg-type]
-
-
 # --- what a way through the body says of sizes -----------------------------------------------------------------------
 
 
-def says_empty(
-    conditions: Iterable[fx.Node], sizes: fx.Node, known: Mapping[fx.Node, Bound], first: int
-) -> bool:
+def says_empty(conditions: Iterable[fx.Node], sizes: fx.Node, known: Mapping[fx.Node, Bound], experts: range) -> bool:
     """Whether some of the ``condition`` markers of a path says that the expert's entry of ``sizes`` is 0.
 
-    That entry is none below 0. ``known`` and ``first`` are those of :func:`bound`.
+    That entry is none below 0. ``known`` and ``experts`` are those of :func:`bound`.
     """
-    return any(_empties(node.args[1], bool(node.args[2]), known, first) == Size(sizes) for node in conditions)
+    return any(_empties(node.args[1], bool(node.args[2]), known, experts) == Size(sizes) for node in conditions)
 
 
-def _empties(truth: object, taken: bool, known: Mapping[fx.Node, Bound], first: int) -> Bound:
+def _empties(truth: object, taken: bool, known: Mapping[fx.Node, Bound], experts: range) -> Bound:
     """What is 0 where ``bool(truth)`` is ``taken``."""
-    direct = bound(truth, known, first)
+    direct = bound(truth, known, experts)
     if direct is not None:
         return None if taken else direct
     if not isinstance(truth, fx.Node) or len(truth.args) < 2:
         return None
     name = operation(truth)
-    left, right = (bound(arg, known, first) for arg in truth.args[:2])
+    left, right = (bound(arg, known, experts) for arg in truth.args[:2])
     if (name, taken) in (("eq", True), ("ne", False), ("le", True), ("gt", False)):
         return left if right == 0 and isinstance(right, int) else _difference(left, right) or _difference(right, left)
     if (name, taken) in (("lt", True), ("ge", False)):

@@ -10,6 +10,9 @@ from torch import fx
 from moe_rewrite.loop import Place
 from moe_rewrite.recognise.membership import EXPERT, Form, Meaning
 from moe_rewrite.recognise.refused import Refused
+from moe_rewrite.recognise.rules import same_size
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,30 @@ class Selection:
         if self.axes != other.axes or self.ids is not other.ids:
             return False
         return self.ids is not None or same_computation(self.mask, other.mask)
+
+
+def merged_dims(mask: fx.Node) -> tuple[fx.Node, list[list[int]]] | None:
+    """``(base, dims)`` of a mask that is a view of ``base``, with the dimensions of ``base`` that each of its own is.
+
+    None for a mask that is no view, or one that does more than to merge neighbouring dimensions.
+    """
+    base = mask.args[0] if mask.args else None
+    if mask.target not in (aten.view.default, aten._unsafe_view.default) or not isinstance(base, fx.Node):
+        return None
+    sizes, groups, dim = base.meta["val"].shape, [], 0
+    for size in mask.meta["val"].shape:
+        group, along = [dim], sizes[dim] if dim < len(sizes) else 0
+        while not same_size(along, size) and group[-1] + 1 < len(sizes):
+            group.append(group[-1] + 1)
+            along = along * sizes[group[-1]]
+        if not same_size(along, size):
+            return None
+        groups.append(group)
+        dim = group[-1] + 1
+    while groups and dim < len(sizes) and same_size(sizes[dim], 1):
+        groups[-1].append(dim)
+        dim += 1
+    return (base, groups) if dim == len(sizes) else None
 
 
 def same_computation(a: object, b: object) -> bool:
