@@ -34,6 +34,7 @@ from moe_rewrite.recognise.aten import retrace
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
 from moe_rewrite.recognise.membership import EXPERT, Form
 from moe_rewrite.recognise.origins import origin_of
+from moe_rewrite.recognise.pieces import REASON
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
@@ -163,6 +164,9 @@ def _understand(region: Region, regions: list[Region]) -> Finding:
 def _prove(region: Region, paths: list[Region], path: str, location: str) -> Finding:
     if region.end is None:
         raise Refused("the loop is left before it is exhausted, by `break`, `return` or an exception")
+    for node in region.body:
+        if node.target in (markers.piece, markers.collect_rows):
+            raise Refused(node.meta.get(REASON, "a piece of a tensor is not understood"), node)
     inside, results = {region.begin, region.end, *region.body}, region.results
     for node in region.dependents():
         for user in node.users:

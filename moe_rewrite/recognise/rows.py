@@ -16,7 +16,6 @@ from moe_rewrite.recognise import rules
 from moe_rewrite.recognise.effects import Effects, Special
 from moe_rewrite.recognise.leading import PERMUTES, RESHAPES, Behind, operator_behind, rearranged
 from moe_rewrite.recognise.membership import Form, is_index_number, meanings
-from moe_rewrite.recognise.pieces import REASON
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.selection import Selection, merged_dims
 
@@ -73,8 +72,6 @@ class RowProgram:
         if node.target is markers.condition:
             self.conditions.append((node.args[1], bool(node.args[2])))  # type: ignore[arg-type]
             return None
-        if node.target in (markers.piece, markers.collect_rows):
-            raise Refused(node.meta.get(REASON, "a piece of a tensor is not understood"), node)
         if node.target in (markers.carry_in, markers.carry_out, markers.collect):
             return self.effects.marker(node)
         if node.target is markers.select or (node.target is aten.select.int and is_index_number(node.args[2])):
