@@ -73,6 +73,18 @@ def comprehension_over_numbers(m, x, ids, weights):
     return torch.stack(outputs).sum(0)
 
 
+def positions_as_lists(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        if token.shape[0] == 0:
+            continue
+        tokens, slots = token.tolist(), slot.tolist()
+        rows = x[None, tokens].reshape(-1, HIDDEN)
+        out.index_add_(0, token, m.expert(rows, e) * weights[tokens, slots, None])
+    return out
+
+
 def writes_by_a_mask_and_reads_by_its_flat_view(m, x, ids, weights):
     out, batched, batched_ids = (t.view(2, -1, t.shape[-1]) for t in (torch.zeros_like(x), x, ids))
     flat, gates = x, torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
@@ -86,7 +98,12 @@ def writes_by_a_mask_and_reads_by_its_flat_view(m, x, ids, weights):
 
 REWRITTEN: tuple[Loop, ...] = (
     *(adds_to_a_new_tensor, scatters_to_a_new_tensor, blocks_of_one_matrix, halves_of_blocks),
-    *(comprehension_and_stack, comprehension_over_numbers, writes_by_a_mask_and_reads_by_its_flat_view),
+    *(
+        comprehension_and_stack,
+        comprehension_over_numbers,
+        positions_as_lists,
+        writes_by_a_mask_and_reads_by_its_flat_view,
+    ),
 )
 
 
@@ -221,6 +238,34 @@ def comprehension_of_random_numbers(m, x, ids, weights):
     return torch.stack([m.expert(x, e) + torch.rand_like(x) for e in range(NUM_EXPERTS)]).sum(0)
 
 
+def positions_in_another_order(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        tokens = token.tolist()
+        out.index_add_(0, token, m.expert(x[tokens[::-1]], e))
+    return out
+
+
+def positions_that_change(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        tokens = token.tolist()
+        token.fill_(0)
+        out[tokens] += m.expert(x[tokens], e) + x[token]
+    return out
+
+
+def how_many_positions(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        tokens = token.tolist()
+        out.index_add_(0, token, m.expert(x[tokens], e) * len(tokens))
+    return out
+
+
 def a_mask_and_its_transpose(m, x, ids, weights):
     """As many rows, in another order."""
     out, batched_ids = torch.zeros_like(x).view(2, -1, HIDDEN), ids.view(2, -1, ids.shape[-1])
@@ -236,6 +281,7 @@ RIGHT: tuple[Loop, ...] = (
     *(blocks_backwards, block_of_the_next, writes_blocks, changes_blocks_in_place, comprehension_with_a_condition),
     *(comprehension_by_data, comprehension_with_a_side_effect, comprehension_of_views, nested_comprehension),
     *(comprehension_of_pairs, comprehension_of_random_numbers, a_mask_and_its_transpose),
+    *(positions_in_another_order, positions_that_change, how_many_positions),
 )
 
 

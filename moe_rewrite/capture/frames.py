@@ -16,7 +16,15 @@ from moe_rewrite.capture import dynamo, dynamo_modules, static
 from moe_rewrite.capture.index import ExpertIndexVariable, subscript, truth
 from moe_rewrite.capture.lists import CollectingList, CountOfPieces, concatenated, rows_of_all
 from moe_rewrite.capture.modules import pick
-from moe_rewrite.capture.numbers import NumbersOfTensor, UnreadIterator, arithmetic, as_number, bincount, is_tally
+from moe_rewrite.capture.numbers import (
+    NumbersOfTensor,
+    PositionsAsList,
+    UnreadIterator,
+    arithmetic,
+    as_number,
+    bincount,
+    is_tally,
+)
 from moe_rewrite.capture.pieces import SplitTensor, put, take
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
@@ -237,7 +245,10 @@ def _rolling(tx: Any) -> FrameCapture | None:
 def _to_list(original: Callable[..., Any], tensor: Any, tx: Any, **kwargs: Any) -> Any:
     """``tensor.tolist()``: read later, where a loop over experts may iterate it or pick from it."""
     capture = _rolling(tx)
-    if capture is None or capture.plain_lists or capture.loops:
+    if capture is not None and capture.loops:
+        positions = PositionsAsList.of(capture.loops[-1], tensor)
+        return original(tensor, tx, **kwargs) if positions is None else positions
+    if capture is None or capture.plain_lists:
         return original(tensor, tx, **kwargs)
     node = tensor.as_proxy().node
     if hit_mask(node) is None and not is_tally(node):
@@ -375,7 +386,11 @@ def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     selected = None
     if capture is not None and isinstance(container, dynamo.TensorVariable):
         loop = capture.loops[-1]
+        by_tensors = PositionsAsList.as_tensors(key)
+        key = key if by_tensors is None else by_tensors
         selected = take(tx, loop, container, key) or subscript(tx, loop, container, key)
+        if selected is None and by_tensors is not None:
+            selected = dynamo.index(tx, container, list(by_tensors.items))
     elif capture is not None and isinstance(container, NumbersOfTensor) and capture.loops[-1].is_made_of_index(key):
         selected = container.at_index(tx, capture.loops[-1], key)
     elif capture is not None and isinstance(container, SplitTensor) and capture.loops[-1].is_index(key):
@@ -444,12 +459,16 @@ def _store_slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any
 
 def _put(tx: Any, loop: RolledIterator, container: Any, key: Any, value: Any) -> bool:
     """``container[key] = value`` for a key that is made of the iteration's numbers. Returns whether it is."""
+    by_tensors = PositionsAsList.as_tensors(key)
+    key = key if by_tensors is None else by_tensors
     if put(tx, loop, container, key, value):
         return True
     selected = subscript(tx, loop, container, key)
     if selected is not None:
         selected.call_method(tx, "copy_", [value], {})
-    return selected is not None
+    elif by_tensors is not None:
+        container.call_method(tx, "__setitem__", [key, value], {})
+    return selected is not None or by_tensors is not None
 
 
 def _append(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:

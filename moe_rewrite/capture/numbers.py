@@ -82,6 +82,49 @@ class NumbersOfTensor(dynamo.VariableTracker):  # type: ignore[misc]
     var_getattr = call_obj_hasattr = has_unpack_var_sequence = force_unpack_var_sequence = _read
 
 
+class PositionsAsList(dynamo.VariableTracker):  # type: ignore[misc]
+    """``token.tolist()`` in a body, of the positions of an expert's rows: an index, as the tensor itself is."""
+
+    _nonvar_fields: ClassVar[set[str]] = {"loop", *dynamo.VariableTracker._nonvar_fields}
+
+    def __init__(self, loop: RolledIterator, tensor: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loop = loop
+        self.tensor = tensor
+
+    def python_type(self) -> type:
+        return list
+
+    @classmethod
+    def of(cls, loop: RolledIterator, tensor: Any) -> PositionsAsList | None:
+        """None for a tensor that is no row of integers of a length that only run time knows, or that changes."""
+        node = tensor.as_proxy().node
+        value = example_value(node)
+        integers = isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype is torch.int64
+        unknown = integers and not isinstance(value.shape[0], int) and dynamo_modules.has_unknown_length(tensor)
+        return cls(loop, tensor) if unknown and not is_written_to(node) else None
+
+    @classmethod
+    def as_tensors(cls, key: Any) -> Any:
+        """A key with tensors in the place of such lists; None where it holds none."""
+        keys = list(key.items) if dynamo.is_tuple(key) else [key]
+        if not any(isinstance(item, cls) for item in keys):
+            return None
+        return dynamo.tuple_of([item.read() if isinstance(item, cls) else item for item in keys])
+
+    def read(self) -> Any:
+        """The tensor, if it has not changed since."""
+        if is_written_to(self.tensor.as_proxy().node):
+            self._read()
+        return self.tensor
+
+    def _read(self, *_: Any, **__: Any) -> NoReturn:
+        self.loop.refuse("the positions of an expert's rows are read back as a list, and used for more than an index")
+
+    call_method = call_function = as_proxy = reconstruct = unpack_var_sequence = _read
+    var_getattr = call_obj_hasattr = has_unpack_var_sequence = force_unpack_var_sequence = _read
+
+
 class UnreadIterator(dynamo.IteratorVariable):  # type: ignore[misc]
     """``iter(tensor.tolist())`` or ``iter(x.split(sizes))``, for a ``for`` statement that may be rolled."""
 

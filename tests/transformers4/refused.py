@@ -14,12 +14,7 @@ NOT_REWRITTEN = {
 """By the name of the class that loops."""
 
 
-_POSITIONS_AS_LISTS = "the positions of an expert's rows are read back as lists of numbers"
-
-OLDER_NOT_REWRITTEN = {
-    "Dbrx440": _POSITIONS_AS_LISTS,
-    "Mixtral436": _POSITIONS_AS_LISTS,
-}
+OLDER_NOT_REWRITTEN: dict[str, str] = {}
 """By the name of the form in older.py."""
 
 
