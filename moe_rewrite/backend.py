@@ -146,6 +146,7 @@ class Session:
         known = {(report.path, report.location) for report in self.memory.reports}
         for report in reports:
             if (report.path, report.location) not in known:  # a frame of its own may refuse the same loop again
+                known.add((report.path, report.location))  # each way through one body is refused for itself
                 self.memory.reports.append(report)
                 if not self.explains:
                     log_reports([report])

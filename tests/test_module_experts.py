@@ -190,6 +190,51 @@ def shared_expert_first(m, x, ids, weights):
     return out
 
 
+@form
+def one_expert_counts_more(m, x, ids, weights):
+    out = torch.zeros_like(x)
+    for i, expert in enumerate(m.experts):
+        token, nth = torch.where(ids == i)
+        if token.numel() == 0:
+            continue
+        y = expert(x[token]) * weights[token, nth, None]
+        if i == 1:
+            y = y * 3
+        out.index_add_(0, token, y)
+    return out
+
+
+@form
+def three_ways_to_the_next_iteration(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for i in range(m.num_experts):
+        slot, token = torch.where(mask[i])
+        if i == 0:
+            continue
+        if i == 2:
+            out = out.index_add(0, token, m.experts[i](x[token]).relu())
+        else:
+            out = out.index_add(0, token, m.experts[i].down(x[token, :INNER]) * weights[token, slot, None])
+    return out
+
+
+@form
+def hits_of_which_one_is_special(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[expert].squeeze(0))
+        if expert == 3:
+            out.index_add_(0, token, m.experts[expert](-x[token]))
+        else:
+            out.index_add_(0, token, m.experts[expert](x[token]) * weights[token, slot, None])
+    return out
+
+
+@form
+def the_same_experts_twice(m, x, ids, weights):
+    return enumerated_with_indexed_add(m, range_over_mask(m, x, ids, weights), ids, weights)
+
+
 def inputs(tokens: int = TOKENS) -> Tensor:
     return torch.randn(tokens, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

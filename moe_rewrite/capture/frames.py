@@ -51,6 +51,7 @@ class FrameCapture:
         loops: the loops whose body is being traced.
         rolled: all loops that were rolled, by path and location.
         tables: the tables of parameters that the graph reads, by the ids of their tensors.
+        templates: how many templates of each pack were traced, by its id.
     """
 
     tx: Any
@@ -63,6 +64,7 @@ class FrameCapture:
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
     rolled: dict[tuple[str, str], RolledIterator] = dataclasses.field(default_factory=dict)
     tables: dict[int, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    templates: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
         """Why the loop of the module at ``path`` was refused; None where it was not."""
@@ -130,6 +132,12 @@ class FrameCapture:
     def rolls(self) -> bool:
         """Whether loops are rolled in this frame."""
         return not self.refusals or bool(self.tx.one_graph)
+
+    def next_template(self, pack: Any) -> int:
+        """The number of the first template of ``pack`` that was not traced in this frame yet."""
+        number = self.templates.get(id(pack), 0)
+        self.templates[id(pack)] = number + 1
+        return number
 
     def table(self, tx: Any, pack: Any, name: str) -> Any:
         """The variable of the table that holds the alike modules' parameters called ``name``."""

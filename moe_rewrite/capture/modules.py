@@ -80,10 +80,10 @@ class ExpertModules:
         except packing.NotAlike as error:
             loop.refuse(f"the experts are modules that are not alike: {error}", tx)
         dynamo_modules.guard_on(self.source, _unchanged(pack, self.keys), "the experts' modules and parameters")
-        template = dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, pack.template)
         if id(pack) not in path.templates:
-            path.templates[id(pack)] = Template.start(tx, loop, pack, self.modules)
-        return template
+            module = pack.template_of(loop.frame.next_template(pack))
+            path.templates[id(pack)] = Template.start(tx, loop, pack, module, self.modules)
+        return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, path.templates[id(pack)].module)
 
 
 def _unchanged(pack: Any, keys: tuple[str, ...]) -> Callable[[Any], bool]:
@@ -96,24 +96,33 @@ def _unchanged(pack: Any, keys: tuple[str, ...]) -> Callable[[Any], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A template whose parameters stand for those of the expert at a loop's index, while a path is traced."""
+    """A template whose parameters stand for those of the expert at a loop's index, while a path is traced.
 
+    Each path has a template of its own: Dynamo remembers what it found in a module for as long as it traces the frame.
+
+    Attributes:
+        module: the template.
+        tensors: its parameters and buffers.
+        is_mixed: whether some of the experts' parameters require a gradient where others' do not.
+    """
+
+    module: nn.Module
     tensors: tuple[Any, ...]
     is_mixed: bool
 
     @classmethod
-    def start(cls, tx: Any, loop: Any, pack: Any, modules: Sequence[nn.Module]) -> Template:
+    def start(cls, tx: Any, loop: Any, pack: Any, template: nn.Module, modules: Sequence[nn.Module]) -> Template:
         index = loop.path.index.as_scalar(tx).as_tensor()
         tensors = []
         for name in pack.names:
             table = loop.frame.table(tx, pack, name)
             module_name, _, tensor_name = name.rpartition(".")
-            tensor = getattr(pack.template.get_submodule(module_name), tensor_name)
+            tensor = getattr(template.get_submodule(module_name), tensor_name)
             selected = dynamo.call_in_graph(tx, markers.select, [table, 0, index])
             dynamo_modules.stand_in(tx, tensor, selected)
             tensors.append(tensor)
         asked = {tuple(parameter.requires_grad for parameter in module.parameters()) for module in modules}
-        return cls(tuple(tensors), len(asked) > 1)
+        return cls(template, tuple(tensors), len(asked) > 1)
 
     def end(self, tx: Any) -> None:
         for tensor in self.tensors:

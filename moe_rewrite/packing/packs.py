@@ -91,6 +91,7 @@ class Pack:
         self._wants_grad = {name: any(t.requires_grad for t in those) for name, those in members.items()}
         with ordinary_tensors(self._unreal):
             self.template = _template(first, {name: self.table(name) for name in self.names})
+        self._templates = [self.template]
         self._modules_watch: ModulesWatch | None = ModulesWatch(experts)
         self._tensors_watch: TensorsWatch | None = TensorsWatch(
             [tensor for those in members.values() for tensor in those], may_move=not self._moves
@@ -107,6 +108,14 @@ class Pack:
                 ", ".join(table.name for table in new),
                 sum(table.nbytes for table in new) / 2**20,
             )
+
+    def template_of(self, number: int) -> nn.Module:
+        """The template with a number, each an object of its own; :attr:`template` has number 0."""
+        with ordinary_tensors(self._unreal):
+            while len(self._templates) <= number:
+                tables = {name: self.table(name) for name in self.names}
+                self._templates.append(_template(anatomies([self.template])[0], tables))
+        return self._templates[number]
 
     def table(self, name: str) -> Tensor:
         """All experts' ``name`` as ``[E, ...]``, to trace with: a leaf, detached from the parameters.
@@ -187,8 +196,9 @@ class Pack:
         with ordinary_tensors(self._unreal):  # a module may be collected while something is traced
             for table in self._tables.values():
                 table.give_up()
-            for tensor in (*self.template.parameters(), *self.template.buffers()):
-                tensor.data = tensor.detach().new_empty(0)
+            for template in self._templates:
+                for tensor in (*template.parameters(), *template.buffers()):
+                    tensor.data = tensor.detach().new_empty(0)
 
 
 def _gone(pack: weakref.ref[Pack], _: Any) -> None:
