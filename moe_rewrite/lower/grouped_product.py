@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_rewrite.lower import tiles
+
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
-_TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
-# A tag keeps inductor from putting them into a CUDA graph: they read the offsets on the host.
-_LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor", tags=_TAGS)
-_LIBRARY.define("grouped_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor", tags=_TAGS)
+# The tag keeps inductor from putting an operator into a CUDA graph.
+_READS_ON_HOST = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
+_LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor", tags=_READS_ON_HOST)
+_LIBRARY.define("grouped_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor", tags=_READS_ON_HOST)
+_LIBRARY.define("tiled_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor")
+_LIBRARY.define("tiled_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor")
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -26,26 +31,58 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ``[P, N]``. Rows past the last offset hold anything.
     """
     if _has_kernel(rows, weight):
-        return torch.nn.functional.grouped_mm(rows, weight, offs=offsets)
-    result: Tensor = torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets)
-    return result
+        result = torch.nn.functional.grouped_mm(rows.contiguous(), weight, offs=offsets)
+        # A slice of everything: its gradient is a copy. The kernel takes no gradient that is expanded or strided.
+        return torch.ops.aten.slice.Tensor(result, 1, 0, sys.maxsize)
+    if _has_tiles(rows):
+        return torch.ops.moe_rewrite.tiled_mm(rows, weight, offsets)
+    return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets)
+
+
+def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """For each group, its rows transposed times their gradient, added in float32 where the dtype is lower.
+
+    Args:
+        rows: ``[P, K]``, sorted by group.
+        grad: ``[P, N]``, in the dtype of ``rows``.
+        offsets: where each group ends, ``[E]`` int32.
+
+    Returns:
+        ``[E, K, N]``, zero for a group without rows. Rows past the last offset count for nothing.
+    """
+    if _has_tiles(rows):
+        return torch.ops.moe_rewrite.tiled_outer(rows, grad, offsets)
+    return torch.ops.moe_rewrite.grouped_outer(rows, grad, offsets)
 
 
 def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` takes these operands, under compile and without a host sync.
+    """Whether ``torch.nn.functional.grouped_mm`` takes these operands under compile: bf16 with rows 16 bytes aligned.
 
-    Its kernel needs bf16, SM90 (below, it is a loop that reads the offsets on the host), and each row 16 bytes aligned.
+    Here and in the backward, where the weight is transposed and the result's rows are what is multiplied.
     """
-    if not hasattr(torch.nn.functional, "grouped_mm") or rows.device.type != "cuda":
+    if rows.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16 or not _device_has_kernel(rows.device):
         return False
-    if rows.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
+    _, inner, columns = weight.shape
+    _, stride_k, stride_n = weight.stride()
+    sizes = [inner, columns, weight.storage_offset(), *(stride for stride in weight.stride() if stride != 1)]
+    if not all(isinstance(size, int) and size % 8 == 0 for size in sizes):
         return False
-    if torch.cuda.get_device_capability(rows.device) < (9, 0):
+    return bool((stride_n == 1 and stride_k >= columns) or (stride_k == 1 and stride_n >= inner))
+
+
+def _device_has_kernel(device: torch.device) -> bool:
+    """Whether the device has a kernel for it: SM90 and SM100.
+
+    Elsewhere it is a loop that reads the offsets on the host (``ATen/native/cuda/GroupedBlas.cpp`` of torch 2.10).
+    """
+    if not hasattr(torch.nn.functional, "grouped_mm") or device.type != "cuda" or torch.version.hip is not None:
         return False
-    contiguous = [stride for stride in weight.stride()[1:] if stride == 1]
-    others = [stride for stride in weight.stride() if stride != 1]
-    sizes = [rows.shape[1], weight.shape[2], *others]
-    return bool(contiguous) and all(isinstance(size, int) and size % 8 == 0 for size in sizes)
+    major, _ = torch.cuda.get_device_capability(device)
+    return major in (9, 10)
+
+
+def _has_tiles(rows: Tensor) -> bool:
+    return rows.device.type == "cuda" and rows.dtype in tiles.DTYPES and tiles.available()
 
 
 def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
@@ -64,7 +101,6 @@ def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "grouped_outer", "CompositeExplicitAutograd")
 def _grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
-    """``[E, K, N]``: for each group, its rows transposed times their gradient; zero for a group without rows."""
     result = rows.new_zeros(offsets.shape[0], rows.shape[1], grad.shape[1])
     for expert, (start, end) in enumerate(_bounds(offsets)):
         if end > start:
@@ -72,13 +108,15 @@ def _grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return result
 
 
-@torch.library.register_fake("moe_rewrite::grouped_mm", lib=_LIBRARY)
-def _(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+torch.library.impl(_LIBRARY, "tiled_mm", "CUDA")(tiles.multiply)
+torch.library.impl(_LIBRARY, "tiled_outer", "CUDA")(tiles.outer)
+
+
+def _fake_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
-@torch.library.register_fake("moe_rewrite::grouped_outer", lib=_LIBRARY)
-def _(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+def _fake_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty(offsets.shape[0], rows.shape[1], grad.shape[1])
 
 
@@ -86,12 +124,24 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    rows, weight, offsets = ctx.saved_tensors
-    needs_rows, needs_weight, _ = ctx.needs_input_grad
-    grad_rows = torch.ops.moe_rewrite.grouped_mm(grad, weight.transpose(1, 2), offsets) if needs_rows else None
-    grad_weight = torch.ops.moe_rewrite.grouped_outer(rows, grad, offsets) if needs_weight else None
-    return grad_rows, grad_weight, None
+def _register(mm: str, outer: str) -> None:
+    """What the product ``mm`` and the gradient of its weight ``outer`` give without data, and the gradients of ``mm``.
+
+    A gradient may have any strides: neither the kernels nor ``torch.mm`` ask for some.
+    """
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, offsets = ctx.saved_tensors
+        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        ops = torch.ops.moe_rewrite
+        grad_rows = getattr(ops, mm)(grad, weight.transpose(1, 2), offsets) if needs_rows else None
+        grad_weight = getattr(ops, outer)(rows, grad, offsets) if needs_weight else None
+        return grad_rows, grad_weight, None
+
+    torch.library.register_fake(f"moe_rewrite::{mm}", _fake_mm, lib=_LIBRARY)
+    torch.library.register_fake(f"moe_rewrite::{outer}", _fake_outer, lib=_LIBRARY)
+    torch.library.register_autograd(f"moe_rewrite::{mm}", backward, setup_context=_save, lib=_LIBRARY)
 
 
-torch.library.register_autograd("moe_rewrite::grouped_mm", _backward, setup_context=_save, lib=_LIBRARY)
+_register("grouped_mm", "grouped_outer")
+_register("tiled_mm", "tiled_outer")

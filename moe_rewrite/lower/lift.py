@@ -175,15 +175,26 @@ class Lifted:
             return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
         if step.op is Primitive.INDEX_EXPERT:
             value, indices = args
-            return value[(pairs.expert, *map(pairs.harmless_index, indices))]
+            return _gather(value, (pairs.expert, *map(pairs.harmless_index, indices)))
         if step.op is Primitive.GATHER_EXPERT:
             value, rank = args
-            gathered = value[pairs.expert]
+            gathered = _gather(value, (pairs.expert,))
             own = gathered.shape[1:] if gathered.dim() <= rank else gathered.shape[2:]
             return gathered.reshape(-1, *[1] * (rank - 1 - len(own)), *own) if gathered.dim() != rank else gathered
         result = step.op(*args, **kwargs)  # type: ignore[operator]
         # A 0-dim value of the expert does not take part in type promotion, one for each pair does.
         return _as_example(result, step.result.example)
+
+
+def _gather(table: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    """``table[index]``, with a gradient that is added in float32 at least.
+
+    Eager adds the rows of an expert by a sum, which does so. The gradient of an index adds them one by one in the dtype
+    of the table: a bias of many rows in bf16 would lose most of them.
+    """
+    if table.is_floating_point() and table.dtype.itemsize < 4:
+        return table.float()[index].to(table.dtype)
+    return table[index]
 
 
 def _as_example(result: Any, example: Any) -> Any:

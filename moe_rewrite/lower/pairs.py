@@ -104,7 +104,7 @@ class Pairs:
         if self.offsets is not None:
             return self
         key = self.expert if self.valid is None else torch.where(self.valid, self.expert, num_experts)
-        order, inverse, offsets = _sort(key, num_experts)
+        order, inverse, offsets = sort_by_expert(key, num_experts)
         valid = None if self.valid is None else self.valid[order]
         return Pairs(self.expert[order], valid, self.position[order], inverse, offsets, self.shape)
 
@@ -170,7 +170,7 @@ def _column(valid: Tensor, rows: Tensor) -> Tensor:
     return valid.view(-1, *[1] * (rows.dim() - 1))
 
 
-def _sort(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """A stable sort of ``key`` ``[P]`` in ``[0, num_experts]``.
 
     Returns:
