@@ -61,7 +61,8 @@ class Primitive(enum.Enum):
     ROW_COUNT = "row_count"
     """``ROW_COUNT()``: how many rows there are."""
     MATMUL = "matmul"
-    """``MATMUL(rows, weight)``: rows ``[rows, K]`` times the weight ``[K, N]`` of the row's expert."""
+    """``MATMUL(rows, weight)``: rows ``[rows, K]`` times the weight ``[K, N]`` of the row's expert.
+    ``MATMUL(rows, weight, bias)`` adds the bias ``[N]`` of the expert before it rounds."""
     GATHER_EXPERT = "gather_expert"
     """``GATHER_EXPERT(value, rank)``: for each row the value of its expert, as ``[rows, ...]`` with ``rank`` dims."""
     INDEX_EXPERT = "index_expert"

@@ -167,15 +167,10 @@ def arguments(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, order.double() / 4, ids
 
 
-@dataclasses.dataclass
-class Run:
-    """What one call gave: its output and all gradients."""
-
-    tensors: dict[str, Tensor]
-
-
-def run(case: Case, function: Callable[..., Tensor], block: nn.Module, tokens: int, device: str, dtype: torch.dtype) -> Run:
-    """Forward and backward of ``function``, which is ``block`` or was compiled from it."""
+def run(
+    case: Case, function: Callable[..., Tensor], block: nn.Module, tokens: int, device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Output and gradients of ``function``, which is ``block`` or was compiled from it."""
     x, scores, ids = arguments(case, tokens)
     inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (x, scores)]
     block.zero_grad(set_to_none=True)
@@ -183,10 +178,13 @@ def run(case: Case, function: Callable[..., Tensor], block: nn.Module, tokens: i
     with torch.autocast(device, torch.bfloat16) if is_mixed else contextlib.nullcontext():
         out = function(*inputs, ids.to(device))
     weighted = out.double() * torch.linspace(-1, 2, out.numel(), dtype=torch.float64, device=device).view_as(out)
-    weighted.sum().backward()
+    if out.requires_grad:  # without a token eager's loop does nothing
+        weighted.sum().backward()
     leaves = {"hidden states": inputs[0], "scores": inputs[1], **dict(block.named_parameters())}
-    gradients = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return Run({"output": out.detach().clone(), **{name: grad.detach().clone() for name, grad in gradients.items()}})
+    tensors = {"output": out}
+    for name, leaf in leaves.items():
+        tensors[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 # --- what has to hold -------------------------------------------------------------------------------------------------
@@ -195,9 +193,9 @@ def run(case: Case, function: Callable[..., Tensor], block: nn.Module, tokens: i
 def check(case: Case, device: str) -> dict[str, Any]:
     """Compile and run one case, and compare it with the eager loop.
 
-    fp64 and fp32 are compared directly. Lower precision is compared through the eager loop in fp64: the root of our mean
-    squared error is at most that of eager's, but for what is left to chance: with n entries the ratio of two such roots
-    deviates by ``1 / sqrt(n)``, and five of that are allowed.
+    fp64 and fp32 are compared directly. Lower precision is compared through the eager loop in fp64: the root of our
+    mean squared error is at most that of eager's, but for what is left to chance: with n entries the ratio of two such
+    roots deviates by ``1 / sqrt(n)``, and five of that are allowed.
 
     Returns:
         How many graphs were compiled, and the largest ratio of our error and eager's.
@@ -224,28 +222,23 @@ def check(case: Case, device: str) -> dict[str, Any]:
             torch.compiler.cudagraph_mark_step_begin()
             ours = run(case, compiled, block, tokens, device, DTYPES[case.dtype])
         exact = run(case, reference, reference, tokens, device, torch.float64)
-        for name, expected in eager.tensors.items():
-            ratio = max(ratio, _compare(case, f"{name}, {tokens} tokens", ours.tensors, name, expected, exact))
+        for name, expected in eager.items():
+            ratio = max(ratio, _compare(case, f"{name}, {tokens} tokens", ours[name], expected, exact[name]))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if case.experts != "eager":
         assert graphs <= (3 if case.shapes == "dynamic" else 1), f"{graphs} graphs"
     return {"graphs": graphs, "error ratio": round(ratio, 3)}
 
 
-def _compare(case: Case, what: str, ours: dict[str, Tensor], name: str, eager: Tensor, exact: Run) -> float:
-    actual = ours.get(name)
-    if actual is None:
-        actual = torch.zeros_like(eager)
-    assert actual.dtype is eager.dtype and actual.shape == eager.shape, what
+def _compare(case: Case, what: str, ours: Tensor, eager: Tensor, exact: Tensor) -> float:
+    assert ours.dtype is eager.dtype and ours.shape == eager.shape, what
     if case.dtype in ("fp32", "fp64"):
         rtol, atol = (1e-4, 1e-5) if case.dtype == "fp32" else (1e-9, 1e-11)
-        torch.testing.assert_close(actual, eager, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
+        torch.testing.assert_close(ours, eager, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
         return 0.0
-    wanted = exact.tensors[name]
-    own, theirs = (_rms(tensor.double() - wanted) for tensor in (actual, eager))
-    assert math.isfinite(own), what
-    allowed = 1 + 5 / math.sqrt(max(1, int((eager.double() != wanted).sum())))
-    assert own <= allowed * theirs, f"{what}: our error is {own}, eager's {theirs}; {allowed} of that is allowed"
+    own, theirs = (_rms(tensor.double() - exact) for tensor in (ours, eager))
+    allowed = 1 + 5 / math.sqrt(max(1, int((eager != exact).sum())))
+    assert own <= allowed * theirs, f"{what}: our error is {own}, eager's {theirs}; {allowed} times that is allowed"
     return own / theirs if theirs else 0.0
 
 
@@ -288,7 +281,10 @@ def table(records: list[dict[str, Any]]) -> str:
         dtypes = [name for name in DTYPES if any(record["dtype"] == name for record in here)]
         lines += [f"## {device}, torch {version}", ""]
         lines += [f"{len(here)} cases were run, {len(failed)} of them failed.", ""]
-        lines += [f"| experts backend | inner compiler and mode | {' | '.join(dtypes)} |", "| --- " * (len(dtypes) + 2) + "|"]
+        lines += [
+            f"| experts backend | inner compiler and mode | {' | '.join(dtypes)} |",
+            "| --- " * (len(dtypes) + 2) + "|",
+        ]
         for experts, compiler in itertools.product(axes("cpu")[0], COMPILERS):
             cells = [_cell(here, experts, compiler, dtype) for dtype in dtypes]
             if any(cells):
@@ -315,15 +311,16 @@ def _cell(records: list[dict[str, Any]], experts: str, compiler: str, dtype: str
 
 _HEAD = """# Modes, dtypes and shapes
 
-Made by `python tests/modes.py table docs/modes/*.jsonl > docs/modes.md`. What was run is in those files, one line a case.
+Made by `python tests/modes.py table docs/modes/*.jsonl > docs/modes.md`. What was run is in those files, one line a
+case.
 
 A block of 8 experts with biases, top 2, is compiled, then called forward and backward. Output and gradients of hidden
 states, scores and every parameter are compared with the eager loop: fp32 within rtol 1e-4 and atol 1e-5, fp64 within
 1e-9 and 1e-11; in lower precision our distance from an fp64 reference is at most eager's, but for chance (see
 `tests/modes.py`). `fullgraph=True`, except for the experts backend `eager`, which leaves the loop as it is.
 
-* A cell names the kinds of shapes that were run and held: *static* (96 tokens) and *dynamic* (96, 64, 128, 1 and 0 tokens
-  with at most three graphs). An empty cell was not run.
+* A cell names the kinds of shapes that were run and held: *static* (96 tokens) and *dynamic* (96, 64, 128, 1 and 0
+  tokens with at most three graphs). An empty cell was not run.
 * *autocast* is bf16 over parameters in fp32.
 * Sizes are multiples of 8 or not, expert ids come from a `topk` in the graph or are given with some that are of no
   expert: by turns.
@@ -336,21 +333,14 @@ def main() -> None:
     runs = commands.add_parser("run", help="run the cases, one line of JSON each")
     runs.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     runs.add_argument("--full", action="store_true", help="all cases instead of a covering choice")
-    runs.add_argument("--known", nargs="*", default=[], help="files with cases that need not be run again")
     tables = commands.add_parser("table", help="the page of what was run")
     tables.add_argument("files", nargs="+")
     given = parser.parse_args()
     if given.command == "table":
         print(table([json.loads(line) for file in given.files for line in pathlib.Path(file).read_text().splitlines()]))
         return
-    known = {json.dumps(_case_of(json.loads(line))) for file in given.known for line in open(file)}
     for case in full(given.device) if given.full else covering(given.device):
-        if json.dumps(dataclasses.asdict(case)) not in known:
-            print(json.dumps(record(case, given.device)), flush=True)
-
-
-def _case_of(record: dict[str, Any]) -> dict[str, str]:
-    return {field.name: record[field.name] for field in dataclasses.fields(Case)}
+        print(json.dumps(record(case, given.device)), flush=True)
 
 
 def cases(device: str) -> list[Case]:

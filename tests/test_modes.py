@@ -1,4 +1,7 @@
-"""Experts backends in compile modes, dtypes and kinds of shapes, on the CPU. ``MOE_REWRITE_MODES=full`` runs them all."""
+"""Experts backends in compile modes, dtypes and kinds of shapes, on the CPU.
+
+A choice in which any two values meet; ``MOE_REWRITE_MODES=full`` runs them all.
+"""
 
 from __future__ import annotations
 

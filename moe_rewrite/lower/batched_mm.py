@@ -14,7 +14,7 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     pairs = lifted.pairs()
     multiply = multiply_and_sum if lifted.fuses else gather_and_multiply
 
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
-        return multiply(rows, weight, pairs.expert)
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return multiply(rows, weight, pairs.expert, bias)
 
-    lifted.run(pairs, product)
+    lifted.run(pairs, product, with_bias=product)

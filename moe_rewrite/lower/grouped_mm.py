@@ -15,8 +15,8 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     offsets = pairs.offsets
     assert offsets is not None
 
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # The kernel leaves rows past the last offset unwritten, in the result and in the gradient of its input.
-        return pairs.lend(grouped_product(pairs.only_valid(rows), weight, offsets))
+        return pairs.lend(grouped_product(pairs.only_valid(rows), weight, offsets, bias))
 
-    lifted.run(pairs, product)
+    lifted.run(pairs, product, with_bias=product)

@@ -13,30 +13,31 @@ from moe_rewrite.lower import tiles
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 # The tag keeps inductor from putting an operator into a CUDA graph.
 _READS_ON_HOST = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
-_LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor", tags=_READS_ON_HOST)
+_LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor", tags=_READS_ON_HOST)
 _LIBRARY.define("grouped_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor", tags=_READS_ON_HOST)
-_LIBRARY.define("tiled_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor")
+_LIBRARY.define("tiled_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor")
 _LIBRARY.define("tiled_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor")
 
 
-def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Each row times the weight of its group.
+def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each row times the weight of its group, plus its bias.
 
     Args:
         rows: ``[P, K]``, sorted by group.
         weight: ``[E, K, N]``, in the dtype of ``rows``.
         offsets: where each group ends, ``[E]`` int32.
+        bias: what is added to each row of a group before it is rounded, ``[E, N]``, in the dtype of ``rows``.
 
     Returns:
         ``[P, N]``. Rows past the last offset hold anything.
     """
-    if _has_kernel(rows, weight):
+    if bias is None and _has_kernel(rows, weight):  # the kernel takes no bias
         result = torch.nn.functional.grouped_mm(rows.contiguous(), weight, offs=offsets)
         # A slice of everything: its gradient is a copy. The kernel takes no gradient that is expanded or strided.
         return torch.ops.aten.slice.Tensor(result, 1, 0, sys.maxsize)
     if _has_tiles(rows):
-        return torch.ops.moe_rewrite.tiled_mm(rows, weight, offsets)
-    return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets)
+        return torch.ops.moe_rewrite.tiled_mm(rows, weight, offsets, bias)
+    return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets, bias)
 
 
 def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
@@ -53,6 +54,11 @@ def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     if _has_tiles(rows):
         return torch.ops.moe_rewrite.tiled_outer(rows, grad, offsets)
     return torch.ops.moe_rewrite.grouped_outer(rows, grad, offsets)
+
+
+def grouped_sum(rows: Tensor, offsets: Tensor) -> Tensor:
+    """The sum of the rows of each group: ``[P, N]`` to ``[E, N]``, added in float32 where the dtype is lower."""
+    return grouped_outer(rows.new_ones(rows.shape[0], 1), rows, offsets).squeeze(1)
 
 
 def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
@@ -91,11 +97,13 @@ def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
 
 
 @torch.library.impl(_LIBRARY, "grouped_mm", "CompositeExplicitAutograd")
-def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     result = rows.new_zeros(rows.shape[0], weight.shape[2])
     for expert, (start, end) in enumerate(_bounds(offsets)):
-        if end > start:
+        if end > start and bias is None:
             torch.mm(rows[start:end], weight[expert], out=result[start:end])
+        elif end > start and bias is not None:
+            torch.addmm(bias[expert], rows[start:end], weight[expert], out=result[start:end])
     return result
 
 
@@ -112,7 +120,7 @@ torch.library.impl(_LIBRARY, "tiled_mm", "CUDA")(tiles.multiply)
 torch.library.impl(_LIBRARY, "tiled_outer", "CUDA")(tiles.outer)
 
 
-def _fake_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _fake_mm(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
@@ -120,8 +128,8 @@ def _fake_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty(offsets.shape[0], rows.shape[1], grad.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _register(mm: str, outer: str) -> None:
@@ -130,13 +138,14 @@ def _register(mm: str, outer: str) -> None:
     A gradient may have any strides: neither the kernels nor ``torch.mm`` ask for some.
     """
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
-        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
         ops = torch.ops.moe_rewrite
-        grad_rows = getattr(ops, mm)(grad, weight.transpose(1, 2), offsets) if needs_rows else None
+        grad_rows = getattr(ops, mm)(grad, weight.transpose(1, 2), offsets, None) if needs_rows else None
         grad_weight = getattr(ops, outer)(rows, grad, offsets) if needs_weight else None
-        return grad_rows, grad_weight, None
+        grad_bias = grouped_sum(grad, offsets) if needs_bias else None
+        return grad_rows, grad_weight, None, grad_bias
 
     torch.library.register_fake(f"moe_rewrite::{mm}", _fake_mm, lib=_LIBRARY)
     torch.library.register_fake(f"moe_rewrite::{outer}", _fake_outer, lib=_LIBRARY)

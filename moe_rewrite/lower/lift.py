@@ -23,6 +23,9 @@ from moe_rewrite.lower.pairs import Pairs
 Product = Callable[[Tensor, Tensor], Tensor]
 """``product(rows [P, K], weight [num_experts, K, N]) -> [P, N]``: each row times the weight of its expert."""
 
+ProductWithBias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``product(rows, weight, bias [num_experts, N]) -> [P, N]``: the same plus the bias of the expert."""
+
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, torch.ops.aten.embedding.default)
 
@@ -46,6 +49,7 @@ class Lifted:
         self.inputs = inputs
         self.outputs: list[Tensor] = []
         self._values: dict[Value, Any] = {}
+        self._with_bias: ProductWithBias | None = None
         for step in loop.steps:
             used = pytree.tree_leaves((step.args, step.kwargs))
             ready = all(value in self._values for value in used if isinstance(value, Value))
@@ -65,11 +69,16 @@ class Lifted:
             return Pairs.of_mask(self.loop, self._over_experts(dispatch.mask), self._visited())
         return Pairs.in_token_order(self.loop, self._values[dispatch.expert_ids], self._visited())
 
-    def run(self, pairs: Pairs | None, product: Product | None) -> None:
+    def run(self, pairs: Pairs | None, product: Product | None, with_bias: ProductWithBias | None = None) -> None:
         """Compute the rows of all pairs, in their order, and add them to the loop's accumulators in place.
 
-        Without ``pairs`` the program of each expert is computed as it stands.
+        Args:
+            pairs: the pairs. Without them the program of each expert is computed as it stands.
+            product: what multiplies the rows with the weights of their experts.
+            with_bias: what adds a bias to the product before it is rounded, as ``F.linear`` does. Without it the bias
+                is added afterwards: in low precision that is one rounding more than eager makes.
         """
+        self._with_bias = with_bias
         for step in self.loop.steps:
             if step.result in self._values:
                 continue
@@ -162,6 +171,15 @@ class Lifted:
             raise NotLiftedError(f"`{step.op}` cannot be executed for all experts at once: {error}") from error
         return _as_example(result, step.result.example)
 
+    def _multiply(
+        self, pairs: Pairs, product: Product, rows: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        if bias is None:
+            return product(rows, weight)
+        if self._with_bias is not None:
+            return self._with_bias(rows, weight, bias)
+        return product(rows, weight) + _gather(bias, (pairs.expert,))
+
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
         if step.op is Primitive.COORDINATE:
             return pairs.coordinate(step.args[0])
@@ -169,7 +187,7 @@ class Lifted:
             return pairs.expert.shape[0]
         args, kwargs = self._arguments(step)
         if step.op is Primitive.MATMUL:
-            return product(*args)
+            return self._multiply(pairs, product, *args)
         if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
             args = pytree.tree_map_only(Tensor, pairs.harmless_index, args[1:])
             return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]

@@ -28,13 +28,14 @@ def available() -> bool:
     return triton is not None
 
 
-def multiply(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Each row times the weight of its group.
+def multiply(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """Each row times the weight of its group, plus its bias.
 
     Args:
         rows: ``[P, K]``, sorted by group, any strides.
         weight: ``[E, K, N]``, in the dtype of ``rows``, any strides.
         offsets: where each group ends, ``[E]`` int32.
+        bias: what is added before rounding, ``[E, N]``, any strides.
 
     Returns:
         ``[P, N]``, contiguous. Rows past the last offset are not written.
@@ -46,10 +47,11 @@ def multiply(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     block_m = _rows_of_a_tile(pairs, groups, rows.dtype)
     block_n, block_k = _block(columns, 128 if rows.dtype.itemsize == 2 else 64), _block(inner, 32)
     grid = (triton.cdiv(pairs, block_m) + groups, triton.cdiv(columns, block_n))
-    sizes = (groups, inner, columns, *rows.stride(), *weight.stride())
-    blocks = (block_m, block_n, block_k, _groups_of_a_load(groups), _precision())
+    bias_strides = bias.stride() if bias is not None else (0, 0)
+    sizes = (groups, inner, columns, *rows.stride(), *weight.stride(), *bias_strides)
+    blocks = (block_m, block_n, block_k, _groups_of_a_load(groups), bias is not None, _precision())
     with torch.cuda.device_of(rows):
-        _multiply[grid](rows, weight, offsets, result, *sizes, *blocks)
+        _multiply[grid](rows, weight, offsets, bias if bias is not None else result, result, *sizes, *blocks)
     return result
 
 
@@ -119,6 +121,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     rows,
     weight,
     offsets,
+    bias,
     result,
     groups,
     inner,
@@ -128,10 +131,13 @@ def _multiply(  # type: ignore[no-untyped-def]
     weight_stride_e,
     weight_stride_k,
     weight_stride_n,
+    bias_stride_e,
+    bias_stride_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     group, first, stop = _find_tile(offsets, tl.program_id(0), groups, BLOCK_M, GROUPS)
@@ -149,6 +155,9 @@ def _multiply(  # type: ignore[no-untyped-def]
             left = tl.load(row + k[None, :].to(tl.int64) * rows_stride_k, mask=row_mask, other=0.0)
             right = tl.load(column + k[:, None].to(tl.int64) * weight_stride_k, mask=column_mask, other=0.0)
             total = tl.dot(left, right, total, input_precision=PRECISION)
+        if HAS_BIAS:
+            added = tl.load(bias + group.to(tl.int64) * bias_stride_e + n * bias_stride_n, mask=n < columns, other=0.0)
+            total += added[None, :].to(tl.float32)
         at = result + m[:, None].to(tl.int64) * columns + n[None, :]
         tl.store(at, total.to(result.dtype.element_ty), mask=(m[:, None] < stop) & (n[None, :] < columns))
 

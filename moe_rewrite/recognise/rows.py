@@ -403,12 +403,19 @@ class RowProgram:
             raise Refused(f"`{op}` contracts or moves the rows of an expert", node)
         if op is aten.mm.default:
             return self._product(node, left, right)
+        bias = given["self"]
+        if bias.kind is Kind.INVARIANT and bias.example.dim() == 2 and not is_one(bias.example.shape[0]):
+            raise Refused(f"`{op}` adds something to the rows by their order", node)
+        if given["alpha"] == 1 and given["beta"] == 1:  # rounded once, as in eager
+            if right.kind is not Kind.PER_EXPERT:
+                bias = self.gathered(bias, 2, node) if bias.kind is Kind.PER_EXPERT else bias
+                return self.step(node, Kind.PER_ROW, op, bias, left, right)
+            if bias.kind is Kind.PER_EXPERT and bias.example.shape == node.meta["val"].shape[1:]:
+                return self._product(node, left, right, bias=bias)
         product = self._times(self._product(node, left, right, f"{node.name}_product"), given["alpha"])
-        bias = self._times(given["self"], given["beta"])
+        bias = self._times(bias, given["beta"])
         if bias.kind is Kind.PER_EXPERT:
             bias = self.gathered(bias, 2, node)
-        elif bias.kind is Kind.INVARIANT and bias.example.dim() == 2 and not is_one(bias.example.shape[0]):
-            raise Refused(f"`{op}` adds something to the rows by their order", node)
         return self.step(node, Kind.PER_ROW, aten.add.Tensor, product, bias)
 
     def _times(self, value: Value, factor: Any) -> Value:
@@ -426,14 +433,16 @@ class RowProgram:
         product = self.extra_step("product", Kind.PER_ROW, result, op, rows, weight)
         return self.step(node, Kind.PER_ROW, aten.squeeze.dim, product, 1)
 
-    def _product(self, node: fx.Node, rows: Value, weight: Value, name: str | None = None) -> Value:
-        return self.product(name or node.name, node.meta["val"], rows, weight)
+    def _product(
+        self, node: fx.Node, rows: Value, weight: Value, name: str | None = None, bias: Value | None = None
+    ) -> Value:
+        return self.product(name or node.name, node.meta["val"], rows, weight, bias)
 
-    def product(self, name: str, example: Any, rows: Value, weight: Value) -> Value:
-        """The step of rows ``[rows, K]`` times a matrix ``[K, N]``."""
+    def product(self, name: str, example: Any, rows: Value, weight: Value, bias: Value | None = None) -> Value:
+        """The step of rows ``[rows, K]`` times a matrix ``[K, N]``, plus a bias ``[N]`` if both are per expert."""
         op = Primitive.MATMUL if weight.kind is Kind.PER_EXPERT else aten.mm.default
         value = Value(name, Kind.PER_ROW, example)
-        self.steps.append(Step(value, op, (rows, weight)))
+        self.steps.append(Step(value, op, (rows, weight) if bias is None else (rows, weight, bias)))
         return value
 
     def _gather(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value | Behind:
