@@ -47,6 +47,8 @@ DTYPES = {
 SIZES = {"aligned": (32, 48), "odd": (30, 45)}
 """``(H, I)``: multiples of 8, as the kernel of ``torch.nn.functional.grouped_mm`` needs them, and no such."""
 NUM_EXPERTS, TOP_K = 8, 2
+FEW = 100
+"""Fewer entries than this tell little of how large errors are as a rule."""
 TOKENS = {"static": (96,), "dynamic": (96, 64, 128, 1, 0)}
 
 
@@ -136,12 +138,10 @@ class Block(nn.Module):
         self.given = ids == "given"
 
     def forward(self, x: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
-        weights = scores.softmax(-1)
         if self.given:
-            weights = weights[:, :TOP_K]
+            weights = scores[:, :TOP_K]
         else:
-            weights, ids = weights.topk(TOP_K)
-        weights = weights.to(x.dtype)
+            weights, ids = scores.topk(TOP_K)
         out = torch.zeros_like(x)
         mask = F.one_hot(ids, NUM_EXPERTS + 1).permute(2, 1, 0)
         for expert in mask.sum((-1, -2)).greater(0).nonzero():
@@ -158,13 +158,13 @@ class Block(nn.Module):
 def arguments(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states ``[T, H]``, scores ``[T, E]`` and expert ids ``[T, K]``, some of them of no expert.
 
-    The scores of a token are far apart, so that every dtype makes the same choice of experts.
+    The scores of a token differ in every dtype, so that the choice of experts is the same.
     """
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, SIZES[case.sizes][0], generator=generator, dtype=torch.float64)
     order = torch.rand(tokens, NUM_EXPERTS, generator=generator).argsort(-1)
     ids = torch.rand(tokens, NUM_EXPERTS + 1, generator=generator).argsort(-1)[:, :TOP_K]
-    return x, order.double() / 4, ids
+    return x, (order.double() + 1) / NUM_EXPERTS, ids
 
 
 def run(
@@ -195,10 +195,11 @@ def check(case: Case, device: str) -> dict[str, Any]:
 
     fp64 and fp32 are compared directly. Lower precision is compared through the eager loop in fp64: the root of our
     mean squared error is at most that of eager's, but for what is left to chance: with n entries the ratio of two such
-    roots deviates by ``1 / sqrt(n)``, and five of that are allowed.
+    roots deviates by ``1 / sqrt(n)``, and five of that are allowed. Of few entries eager's error may be small by luck;
+    there one rounding of the largest entry is allowed.
 
     Returns:
-        How many graphs were compiled, and the largest ratio of our error and eager's.
+        How many graphs were compiled, and the largest ratio of our error and eager's where entries are many.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -237,9 +238,13 @@ def _compare(case: Case, what: str, ours: Tensor, eager: Tensor, exact: Tensor) 
         torch.testing.assert_close(ours, eager, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
         return 0.0
     own, theirs = (_rms(tensor.double() - exact) for tensor in (ours, eager))
-    allowed = 1 + 5 / math.sqrt(max(1, int((eager != exact).sum())))
-    assert own <= allowed * theirs, f"{what}: our error is {own}, eager's {theirs}; {allowed} times that is allowed"
-    return own / theirs if theirs else 0.0
+    entries = int(exact.count_nonzero())
+    allowed = theirs * (1 + 5 / math.sqrt(max(1, entries)))
+    if 0 < entries < FEW:
+        eps = torch.finfo(torch.bfloat16 if case.dtype == "autocast" else eager.dtype).eps
+        allowed = max(allowed, eps * exact.abs().max().item())
+    assert own <= allowed, f"{what}: our error is {own}, eager's {theirs}; {allowed} is allowed"
+    return own / theirs if entries >= FEW and theirs else 0.0
 
 
 def _rms(difference: Tensor) -> float:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_rewrite.loop import ExpertsLoop, Kind, TopKDispatch, Value
+from moe_rewrite.lower import grouped_product as grouped
+from moe_rewrite.lower.batched_product import gather_and_multiply, multiply_and_sum
 from moe_rewrite.lower.grouped_product import grouped_product
 from moe_rewrite.lower.pairs import Pairs
 
@@ -279,9 +286,11 @@ def test_gradient_of_one_operand(only):
 @pytest.mark.parametrize("sizes", [[3, 0, 4, 1], [0, 0, 0]], ids=str)
 @past_the_last
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
-def test_operator_of_the_product(sizes, rest, requires_grad):
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+def test_operator_of_the_product(sizes, rest, requires_grad, has_bias):
     rows, weight, offsets = operands(sizes, rest)
-    inputs = rows.requires_grad_(requires_grad), weight.requires_grad_(requires_grad), offsets
+    bias = weight[:, 0].clone().requires_grad_(requires_grad) if has_bias else None
+    inputs = rows.requires_grad_(requires_grad), weight.requires_grad_(requires_grad), offsets, bias
     torch.library.opcheck(torch.ops.moe_rewrite.grouped_mm.default, inputs)
 
 
@@ -307,3 +316,107 @@ def test_grouped_product_compiles(dynamic):
         (gradient,) = torch.autograd.grad(result.square().sum(), rows)
         (expected,) = torch.autograd.grad(one_by_one(rows, weight, sizes).square().sum(), rows)
         torch.testing.assert_close(gradient, expected)
+
+
+@every_grouping
+@past_the_last
+def test_grouped_product_with_bias(sizes, rest):
+    rows, weight, offsets = operands(sizes, rest)
+    bias = torch.randn(len(sizes), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    result = grouped_product(rows, weight, offsets, bias)[: sum(sizes)]
+    torch.testing.assert_close(result, one_by_one(rows, weight, sizes) + bias.repeat_interleave(torch.tensor(sizes), 0))
+
+    def product(*inputs: Tensor) -> Tensor:
+        rows, weight, bias = inputs
+        return grouped_product(rows, weight, offsets, bias)[: sum(sizes)]
+
+    assert torch.autograd.gradcheck(product, [tensor.requires_grad_() for tensor in (rows, weight, bias)])
+
+
+# --- torch's kernel ---------------------------------------------------------------------------------------------------
+
+_WEIGHTS = {  # what of a bf16 weight [E, K, N] the kernel takes
+    "[E, K, N]": (lambda zeros: zeros(3, 16, 8), True),
+    "[E, N, K]": (lambda zeros: zeros(3, 8, 16).transpose(1, 2), True),
+    "every second expert": (lambda zeros: zeros(6, 8, 16)[::2].transpose(1, 2), True),
+    "half of the columns": (lambda zeros: zeros(3, 16, 16)[..., 8:], True),
+    "K is no multiple of 8": (lambda zeros: zeros(3, 12, 8), False),
+    "N is no multiple of 8": (lambda zeros: zeros(3, 8, 12), False),
+    "starts in between": (lambda zeros: zeros(3, 8, 24)[..., 4:20], False),
+    "rows are 12 apart": (lambda zeros: zeros(3, 8, 12)[..., :8], False),
+    "every second column": (lambda zeros: zeros(3, 8, 16)[..., ::2], False),
+    "one row for all": (lambda zeros: zeros(3, 1, 8).expand(3, 16, 8), False),
+}
+
+
+@pytest.fixture
+def has_kernel(monkeypatch):
+    """The kernel's choice and shape checks are the same on all devices; that the CPU has one serves the tests alone."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no torch.nn.functional.grouped_mm")
+    monkeypatch.setattr(grouped, "_device_has_kernel", lambda device: True)
+
+
+@pytest.mark.parametrize(("build", "taken"), _WEIGHTS.values(), ids=_WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_what_the_kernel_takes(has_kernel, build, taken, dtype, strided):
+    """Never an error about alignment or strides, and a gradient without memory of its own."""
+    weight = build(lambda *shape: torch.zeros(shape, dtype=dtype)).detach().requires_grad_()
+    rows = torch.ones(4, 2 * weight.shape[1], dtype=dtype)[:, :: 2 if strided else 1][:, : weight.shape[1]]
+    rows = rows.detach().requires_grad_()
+    offsets = torch.tensor([1, 1, 4], dtype=torch.int32)
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    traced = make_fx(lambda *given: grouped_product(*given), tracing_mode="fake")(rows.detach(), weight.detach(), offsets)
+    # With the checks that a compiler makes with tensors without data, forward and backward.
+    product = torch.compile(traced, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    product(rows, weight, offsets).sum().backward()
+    used = [node.target for gm in graphs for node in gm.graph.nodes].count(torch.ops.aten._grouped_mm.default)
+    assert used == (3 if taken and dtype is torch.bfloat16 else 0)
+    assert torch.equal(weight.grad, torch.tensor([1, 0, 3]).to(dtype).view(3, 1, 1).expand_as(weight))
+    assert not rows.grad.any()
+
+
+# --- the product one by one -------------------------------------------------------------------------------------------
+
+both_products = pytest.mark.parametrize("multiply", [multiply_and_sum, gather_and_multiply])
+
+
+@both_products
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+def test_batched_product(multiply, has_bias):
+    rows, weight, _ = operands([3, 0, 4, 1])
+    expert = torch.tensor([2, 0, 0, 3, 2, 2, 2, 0])
+    bias = weight[:, 0].clone().requires_grad_() if has_bias else None
+    expected = torch.stack(
+        [row @ weight[e] + (bias[e] if has_bias else 0) for row, e in zip(rows, expert, strict=True)]
+    )
+    torch.testing.assert_close(multiply(rows, weight, expert, bias), expected)
+    inputs = [tensor.requires_grad_() for tensor in (rows, weight, bias) if tensor is not None]
+    assert torch.autograd.gradcheck(lambda rows, weight, bias=None: multiply(rows, weight, expert, bias), inputs)
+
+
+@both_products
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_many_rows_is_added_in_float32(multiply, dtype):
+    """Adding ones in bf16 stops at 256, in fp16 at 2048."""
+    many = 4096
+    weight, bias = torch.ones(2, 1, 1, dtype=dtype).requires_grad_(), torch.ones(2, 1, dtype=dtype).requires_grad_()
+    rows = torch.ones(many, 1, dtype=dtype)
+    multiply(rows, weight, torch.zeros(many, dtype=torch.int64), bias).sum().backward()
+    assert weight.grad.flatten().tolist() == bias.grad.flatten().tolist() == [many, 0]
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_operator_of_the_batched_product(has_bias, dtype):
+    rows, weight, _ = operands([3, 0, 4, 1], dtype=dtype)
+    bias = weight[:, 0].clone().requires_grad_() if has_bias else None
+    expert = torch.tensor([2, 0, 0, 3, 2, 2, 2, 0])
+    inputs = rows.requires_grad_(), weight.requires_grad_(), expert, bias
+    torch.library.opcheck(torch.ops.moe_rewrite.batched_mm.default, inputs)
