@@ -372,7 +372,9 @@ def test_what_the_kernel_takes(has_kernel, build, taken, dtype, strided):
         graphs.append(gm)
         return make_boxed_func(gm.forward)
 
-    traced = make_fx(lambda *given: grouped_product(*given), tracing_mode="fake")(rows.detach(), weight.detach(), offsets)
+    traced = make_fx(lambda *given: grouped_product(*given), tracing_mode="fake")(
+        rows.detach(), weight.detach(), offsets
+    )
     # With the checks that a compiler makes with tensors without data, forward and backward.
     product = torch.compile(traced, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
     product(rows, weight, offsets).sum().backward()
