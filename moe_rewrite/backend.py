@@ -263,6 +263,7 @@ def start_session(wrapper: Any) -> Session:
     code, arguments = dynamo.traced_frame()
     memory.codes[id(code)] = code
     name, module = _module_among(arguments)
+    module = getattr(wrapper, "exported", module)  # torch.export puts a module of its own around it
     root, path = memory.locate(module)
     session = Session(options, root, module, path, memory)
     if module is not None and session.is_particular():

@@ -57,7 +57,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         MoeRewriteError: ``model`` is no module, is compiled with another backend, or cannot be copied.
     """
-    model, given = _model_and_options(model)
+    model, given = model_and_options(model)
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -101,7 +101,7 @@ class _FakeRun(FakeTensorMode):  # type: ignore[misc]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _model_and_options(model: object) -> tuple[nn.Module, dict[str, Any]]:
+def model_and_options(model: object) -> tuple[nn.Module, dict[str, Any]]:
     wrapper = dynamo.compiled_with(model)
     if wrapper is not None:
         if not is_ours(wrapper):

@@ -678,6 +678,24 @@ def _context_in_place(module: Any) -> Any:
     return next((context for context in contexts if hasattr(context, "callback")), None)
 
 
+# --- torch.export, which traces with Dynamo, too ---------------------------------------------------------------------
+
+
+def is_exported(tx: Any) -> bool:
+    """Whether the frame that ``tx`` traces is that of a module in strict ``torch.export.export``. torch 2.11, 2.13."""
+    return bool(tx.output.export)
+
+
+def compiler(tx: Any) -> Any:
+    """What the graph of the frame that ``tx`` traces is handed to. torch 2.11, 2.13."""
+    return tx.output.compiler_fn
+
+
+def set_compiler(tx: Any, compiler_fn: Any) -> None:
+    """Hand the graph of the frame that ``tx`` traces to something else. torch 2.11, 2.13."""
+    tx.output.compiler_fn = compiler_fn
+
+
 def is_tracing() -> bool:
     """Whether this thread is inside of the compilation of a frame. torch 2.11, 2.13."""
     return torch._guards.TracingContext.try_get() is not None

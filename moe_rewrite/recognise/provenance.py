@@ -26,7 +26,7 @@ def clean_path(source: str) -> str:
     root = re.match(r"^(L\[['\"]\w+['\"]\]|G\[['\"]\w+['\"]\]|L__\w+?__)", source)
     rest = source[root.end() :] if root else source
     dotted = _ATTRIBUTES.sub(lambda m: "." + next(group for group in m.groups() if group is not None), rest)
-    return dotted.replace("._orig_mod", "").strip(".")
+    return dotted.replace("._orig_mod", "").replace("._export_root", "").strip(".")
 
 
 def user_location(node: fx.Node) -> str:
