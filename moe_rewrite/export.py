@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree
 
 from moe_rewrite.backend import Memory, moe_rewrite
 from moe_rewrite.capture import dynamo, frames
@@ -62,6 +64,7 @@ def export(
         program: torch.export.ExportedProgram = torch.export.export(
             model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=True, **others
         )
+    _forget_unused_sizes(program)
     return program
 
 
@@ -94,6 +97,7 @@ class _Compiler:
     def __init__(self, export: _Export, stock: Callable[..., Any]) -> None:
         self.compiler_fn = moe_rewrite
         self.exported = export.model
+        self._names = {id(tensor): name for name, tensor in _tensors(export.model)}
         # With the parameters moved into tables a program would hold each twice, by its name and in the table.
         self.kwargs = {"options": {"experts": export.mapping.as_dict(), "inner": self._keep, "pack": False}}
         self._moe_rewrite_memory = export.memory
@@ -108,7 +112,7 @@ class _Compiler:
         """The inner compiler."""
         capture = frames.current()
         assert capture is not None and self._attributes is not None
-        self._attributes.put_back(gm, capture.tables)
+        self._attributes.put_back(gm, capture.tables, self._names)
         return self._stock(gm, example_inputs)
 
 
@@ -146,17 +150,25 @@ class _Attributes:
             gm.graph.erase_node(node)
         return cls({node: name for name, node in inputs.items()})
 
-    def put_back(self, gm: fx.GraphModule, tables: dict[int, tuple[Any, str]]) -> None:
-        """Make them attributes again; a table of parameters becomes what stacks them."""
+    def put_back(self, gm: fx.GraphModule, tables: Mapping[int, tuple[Any, str]], names: Mapping[int, str]) -> None:
+        """Make them attributes again; a table of parameters becomes what stacks them.
+
+        Args:
+            gm: the graph.
+            tables: the pack and the name of each table, by the id of its tensor.
+            names: the names of the model's parameters and buffers, by their ids.
+        """
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         for node, name in self.names.items():
             table = tables.get(id(_attribute(gm, name)))
+            meta = {key: value for key, value in node.meta.items() if key != "grapharg"}
             with gm.graph.inserting_before(first):
                 if table is None:
                     value = gm.graph.get_attr(name)
-                    value.meta = {key: value for key, value in node.meta.items() if key != "grapharg"}
+                    value.meta = meta
                 else:
-                    value = _stacked(gm, node, table[0].members(table[1]))
+                    value = _stacked(gm, table[0].members(table[1]), names)
+                    value.meta = meta
                     delattr(gm, name)
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
@@ -171,23 +183,36 @@ class _Given:
     example: torch.Tensor
 
 
-def _stacked(gm: fx.GraphModule, table: fx.Node, members: Sequence[torch.Tensor]) -> fx.Node:
-    """The node of ``torch.stack`` of some parameters, which become attributes of ``gm``."""
+def _stacked(gm: fx.GraphModule, members: Sequence[torch.Tensor], names: Mapping[int, str]) -> fx.Node:
+    """The node of ``torch.stack`` of some parameters or buffers, which become attributes of ``gm``.
+
+    ``names``: what they are called in the model, by their ids.
+    """
+    held = {id(value): name for name, value in _tensors(gm)}
     nodes = []
-    for number, member in enumerate(members):
-        name = next((name for name, value in _tensors(gm) if value is member), None)
+    for member in members:
+        name = held.get(id(member))
         if name is None:
-            name = f"{table.name}_{number}"
-            setattr(gm, name, member)
+            name = "moe_rewrite_" + names[id(member)].replace(".", "_")
+            if isinstance(member, nn.Parameter):
+                gm.register_parameter(name, member)
+            else:
+                gm.register_buffer(name, member)
         nodes.append(gm.graph.get_attr(name))
-    result = gm.graph.call_function(torch.stack, (nodes,))
-    result.meta = {key: value for key, value in table.meta.items() if key != "grapharg"}
-    return result
+    return gm.graph.call_function(torch.stack, (nodes,))
 
 
-def _tensors(gm: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from gm.named_parameters(remove_duplicate=False)
-    yield from gm.named_buffers(remove_duplicate=False)
+def _forget_unused_sizes(program: torch.export.ExportedProgram) -> None:
+    """Drop the ranges of data-dependent sizes that only the captured bodies had."""
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    used = {symbol for value in pytree.tree_leaves(values) for symbol in free_symbols(value)}
+    for symbol in [symbol for symbol in program.range_constraints if symbol not in used]:
+        del program.range_constraints[symbol]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _attribute(gm: fx.GraphModule, name: str) -> Any:
