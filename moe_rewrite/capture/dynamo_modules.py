@@ -198,11 +198,18 @@ def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
 def global_variable(tx: Any, prefix: str, value: Any) -> Any:
     """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13.
 
-    The shape of a tensor is that of a parameter: not dynamic.
+    The shape of a tensor is that of a parameter: not dynamic. The name is the same in the next process, as the key of
+    AOTAutograd's cache holds the sources of a graph's inputs; Dynamo's ``install_global_by_id`` makes one of an address.
     """
     if isinstance(value, torch.Tensor):
         value._dynamo_static_indices = set(range(value.dim()))  # type: ignore[attr-defined]  # as `mark_static` sets it
-    name = tx.output.install_global_by_id(prefix, value)
+    output = tx.output
+    names = vars(output).setdefault("_moe_rewrite_globals", {})
+    if id(value) not in names:
+        possible = (f"{prefix}_{number}_c{output.compile_id}" for number in itertools.count())
+        names[id(value)] = next(name for name in possible if name not in output.global_scope)
+        output.install_global_unsafe(names[id(value)], value)
+    name = names[id(value)]
     return VariableTracker.build(tx, value, GlobalSource(name)).realize()
 
 
