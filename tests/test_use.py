@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-
 NEW_TOKENS = 6
 
 
