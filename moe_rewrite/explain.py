@@ -57,7 +57,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         MoeRewriteError: ``model`` is no module, is compiled with another backend, or cannot be copied.
     """
-    model, given = model_and_options(model)
+    model, given = model_and_options(model, "explain")
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -101,17 +101,18 @@ class _FakeRun(FakeTensorMode):  # type: ignore[misc]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def model_and_options(model: object) -> tuple[nn.Module, dict[str, Any]]:
+def model_and_options(model: object, name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The module that was given to function ``name``, and the options that it was compiled with, if it was."""
     wrapper = dynamo.compiled_with(model)
     if wrapper is not None:
         if not is_ours(wrapper):
-            raise MoeRewriteError("explain got a model that is compiled with another backend; give it the model itself")
+            raise MoeRewriteError(f"{name} got a model that is compiled with another backend; give it the model itself")
         assert isinstance(model, nn.Module)
         original: nn.Module = model._orig_mod  # type: ignore[assignment]
         return original, _options(wrapper)
     if not isinstance(model, nn.Module):
         raise MoeRewriteError(
-            f"explain takes an nn.Module or what torch.compile made of one, got {type(model).__name__}"
+            f"{name} takes an nn.Module or what torch.compile made of one, got {type(model).__name__}"
         )
     in_place = dynamo.compiled_in_place_with(model)
     return model, _options(in_place) if in_place is not None and is_ours(in_place) else {}

@@ -54,11 +54,12 @@ def export(
     Raises:
         MoeRewriteError: ``model`` is no module, or is compiled with another backend; or ``strict=False`` is asked for.
         OptionsError: the mapping is wrong.
-        torch._dynamo.exc.Unsupported: a loop cannot be rewritten, with the reason; or Dynamo cannot trace the model.
+        Unsupported: (of ``torch._dynamo.exc``) a loop cannot be rewritten, with the reason; or Dynamo cannot trace the
+            model.
     """
     if not others.pop("strict", True):
         raise MoeRewriteError("moe_rewrite.export needs strict=True: without, no loop is seen that could be rewritten")
-    model, options = model_and_options(model)
+    model, options = model_and_options(model, "export")
     mapping = ExpertsMapping.parse(experts if experts is not None else options.get("experts", {}))
     with _rewriting(_Export(model, mapping)):
         program: torch.export.ExportedProgram = torch.export.export(
@@ -99,7 +100,9 @@ class _Compiler:
         self.exported = export.model
         self._names = {id(tensor): name for name, tensor in _tensors(export.model)}
         # With the parameters moved into tables a program would hold each twice, by its name and in the table.
-        self.kwargs = {"options": {"experts": export.mapping.as_dict(), "inner": self._keep, "pack": False}}
+        self.kwargs: dict[str, Any] = {
+            "options": {"experts": export.mapping.as_dict(), "inner": self._keep, "pack": False}
+        }
         self._moe_rewrite_memory = export.memory
         self._stock = stock
         self._attributes: _Attributes | None = None
@@ -120,8 +123,8 @@ class _Compiler:
 class _Attributes:
     """The tensors that are attributes of an exported graph's module, while they are inputs of the graph.
 
-    Everywhere else the pass meets parameters as inputs, and what it knows of inputs (that two of them may overlap) holds
-    for these, too.
+    Everywhere else the pass meets parameters as inputs, and what it knows of inputs (that two of them may overlap)
+    holds for these, too.
 
     Attributes:
         names: the name of the attribute that each placeholder stands for.
@@ -133,14 +136,13 @@ class _Attributes:
     def lift(cls, gm: fx.GraphModule) -> _Attributes:
         """Make them inputs."""
         inputs: dict[str, fx.Node] = {}
-        first = next((node for node in gm.graph.nodes if node.op != "placeholder"), None)
+        first: fx.Node = next(node for node in gm.graph.nodes if node.op != "placeholder")
         for node in gm.graph.find_nodes(op="get_attr"):
             name = str(node.target)
             value = _attribute(gm, name)
             if not isinstance(value, torch.Tensor):
                 continue
             if name not in inputs:
-                assert first is not None
                 with gm.graph.inserting_before(first):
                     inputs[name] = gm.graph.placeholder(node.name)
                 inputs[name].meta = {**node.meta, "grapharg": _Given(value)}

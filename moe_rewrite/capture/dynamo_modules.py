@@ -199,7 +199,7 @@ def global_variable(tx: Any, prefix: str, value: Any) -> Any:
     """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13.
 
     The shape of a tensor is that of a parameter: not dynamic. The name is the same in the next process, as the key of
-    AOTAutograd's cache holds the sources of a graph's inputs; Dynamo's ``install_global_by_id`` makes one of an address.
+    AOTAutograd's cache holds the sources of a graph's inputs. Dynamo's ``install_global_by_id`` uses the address.
     """
     if isinstance(value, torch.Tensor):
         value._dynamo_static_indices = set(range(value.dim()))  # type: ignore[attr-defined]  # as `mark_static` sets it
