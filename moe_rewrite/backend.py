@@ -313,6 +313,13 @@ def _memory(wrapper: Any) -> Memory | None:
     return memory
 
 
+def _check_options(original: Callable[..., Any], compiler: Any, *args: Any) -> Any:
+    """Bad options are an error of ``torch.compile``, not of the first call of what it returns."""
+    if is_ours(compiler):
+        Options.parse(**getattr(compiler, "kwargs", {}))
+    return original(compiler, *args)
+
+
 def is_ours(wrapper: Any) -> bool:
     """Whether what ``torch.compile`` made of its ``backend=`` calls :func:`moe_rewrite`."""
     return getattr(wrapper, "compiler_fn", wrapper) is moe_rewrite
@@ -341,6 +348,7 @@ def _number(version: str) -> tuple[int, ...]:
 if not _unavailable:
     frames.install(is_ours, start_session)
     dynamo.on_convert_frame(_convert_frame)
+    dynamo.on_compile(_check_options)
 else:
     warnings.warn(
         f"moe_rewrite cannot hook into the Dynamo of torch {torch.__version__} ({_unavailable}): experts loops are "

@@ -561,7 +561,7 @@ def wrap_opcodes(names: Callable[[str], bool], wrapper: Callable[..., Any]) -> N
             cls.dispatch_table[opcode] = handler
 
 
-def wrap_method(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap_method(cls: type | types.ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace ``cls.name`` by ``wrapper(original, self, *args)``; a second call with the same wrapper does nothing."""
     original = getattr(cls, name)
     if getattr(original, "_moe_rewrite_wrapper", None) is wrapper:
@@ -632,6 +632,14 @@ def on_convert_frame(hook: Callable[..., Any]) -> None:
     torch 2.11, 2.13.
     """
     wrap_method(torch._dynamo.convert_frame.ConvertFrame, "__call__", hook)
+
+
+def on_compile(hook: Callable[..., Any]) -> None:
+    """Have ``hook(original, compiler)`` called for each ``torch.compile``, with what it made of its ``backend=``.
+
+    It is called before anything is traced, also where this package is imported by that call. torch 2.11, 2.13.
+    """
+    wrap_method(torch._dynamo.eval_frame, "get_compiler_fn", hook)
 
 
 def is_given_up(result: Any) -> bool:

@@ -36,7 +36,7 @@ def multiply_and_sum(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tensor 
 
 def gather_and_multiply(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same for compilers that fuse nothing: a copy of the weights for each row, and ``bmm``."""
-    if rows.dtype.itemsize < 4:
+    if rows.is_floating_point() and rows.dtype.itemsize < 4:
         # The gradient of an index adds row by row in the dtype of the weights, which is too low to add in.
         return torch.ops.moe_rewrite.batched_mm(rows, weight, expert, bias)
     return _batched_mm(rows, weight, expert, bias)

@@ -1,0 +1,227 @@
+"""How many tokens, experts and slots there are, and values that must not get anywhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import modes
+import pytest
+import torch
+import torch._dynamo
+from loops import (
+    HIDDEN,
+    NUM_EXPERTS,
+    Moe,
+    Observed,
+    Routed,
+    assert_same,
+    fresh,
+    inputs,
+    observe,
+    plain,
+    sentinel,
+    states,
+    weigh_up,
+)
+from torch import Tensor
+from torch.utils import deterministic
+
+from moe_rewrite.lower import grouped_product
+
+BACKENDS = ("batched_mm", "grouped_mm")
+both_backends = pytest.mark.parametrize("experts", BACKENDS)
+
+
+def compiled(module, experts, inner="eager", **kwargs):
+    options = {"experts": experts, "inner": inner}
+    return torch.compile(module, backend="moe_rewrite", fullgraph=True, options=options, **kwargs)
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def both_ways(run, module, args) -> Observed:
+    """Forward and backward. What eager's loop did not come to has no gradient there, and may have zeros here."""
+    args = fresh(args, requires_grad=True)
+    module.zero_grad()
+    result = run(*args)
+    if result.requires_grad:
+        weigh_up(result).backward()
+    leaves = {**dict(module.named_parameters()), **{str(i): arg for i, arg in enumerate(args) if arg.requires_grad}}
+    gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    return Observed(result.detach().clone(), {}, {}, {name: grad.clone() for name, grad in gradients.items()})
+
+
+# --- how many ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", [*BACKENDS, "auto"])
+@pytest.mark.parametrize(
+    ("dynamic", "most"),
+    [
+        pytest.param(True, 3, id="dynamic"),  # 0, 1, any other
+        pytest.param(None, 4, id="by default"),  # the first, then 0, 1, any other
+    ],
+)
+def test_number_of_tokens_changes(experts, dynamic, most):
+    """Without a graph for each, and with the numbers of eager."""
+    module = Routed()
+    run = compiled(module, experts, dynamic=dynamic)
+    seen = []
+    for tokens in (6, 9, 33, 2, 1, 0, 128, 5, 6, 0, 1, 77):
+        args = (states(tokens),)
+        assert_same(both_ways(run, module, args), both_ways(module, module, args))
+        seen.append(graphs())
+    assert seen[-1] <= most
+    assert seen[2:4] == [seen[1]] * 2, "33 and 2 tokens are served by the graph of 9"
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("num_experts", "top_k"), [(1, 1), (2, 1), (2, 2), (NUM_EXPERTS, 3), (NUM_EXPERTS, NUM_EXPERTS), (65, 6)]
+)
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_number_of_experts_and_slots(experts, num_experts, top_k, tokens):
+    module = Moe(plain, num_experts)
+    args = inputs(tokens, top_k, num_experts)
+    actual, expected = both_ways(compiled(module, experts, "aot_eager"), module, args), both_ways(module, module, args)
+    assert actual.result.shape == (tokens, HIDDEN)
+    assert_same(actual, expected)
+
+
+# --- memory that nobody wrote to --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, or the largest integer, and no operator may depend on chance."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    deterministic.fill_uninitialized_memory = before[1]
+
+
+DROPPED = {
+    "some": [[4, 4], [0, 4], [1, 0], [4, 2], [1, 2], [2, 4]],
+    "all but one": [[4, 4], [4, 4], [4, 4], [4, 2], [4, 4], [4, 4]],
+    "all": [[4, 4]] * 6,
+}
+
+
+@both_backends
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("ids", DROPPED.values(), ids=DROPPED)
+def test_dropped_pairs_in_poisoned_memory(poisoned, experts, inner, ids):
+    x, _, weights = inputs()
+    args = (x, torch.tensor(ids), weights)
+    module = Moe(sentinel)
+    assert_same(both_ways(compiled(module, experts, inner), module, args), both_ways(module, module, args))
+
+
+@pytest.mark.parametrize("ids", ["topk", "given"])
+def test_kernel_in_poisoned_memory(poisoned, monkeypatch, ids):
+    """torch's own kernel leaves rows of no group as they are: on the CPU as on a GPU that has one."""
+    monkeypatch.setattr(grouped_product, "_device_has_kernel", lambda device: True)
+    modes.check(modes.Case("grouped_mm", "aot_eager default", "bf16", "dynamic", "aligned", ids), "cpu")
+
+
+# --- values that are not finite ---------------------------------------------------------------------------------------
+
+BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("bad", "where", "inner"),
+    [
+        *((bad, where, "aot_eager") for bad in BAD for where in ("hidden states", "routing weights")),
+        ("nan", "hidden states", "inductor"),
+    ],
+)
+def test_bad_value_stays_with_its_token(experts, bad, where, inner):
+    """The other tokens get what they get without it, result and gradient."""
+    module = Moe(sentinel)
+    args = inputs(tokens=7, top_k=2)
+    changed = fresh(args)
+    (changed[0] if where == "hidden states" else changed[2])[3] = BAD[bad]
+    run = compiled(module, experts, inner)
+    clean, dirty = observe(run, module, args, backward=True), observe(run, module, changed, backward=True)
+    others = torch.arange(7) != 3
+    assert not dirty.result[3].isfinite().all()
+    torch.testing.assert_close(dirty.result[others], clean.result[others])
+    for name in ("argument 0", "argument 2"):
+        torch.testing.assert_close(dirty.gradients[name][others], clean.gradients[name][others])
+    assert_same(dirty, observe(module, module, changed, backward=True))
+
+
+@both_backends
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_bad_weights_of_an_expert_without_tokens(experts, bad, backward):
+    module = Moe(plain)
+    x, ids, weights = inputs()
+    args = (x, ids.clamp(max=1), weights)
+    with torch.no_grad():
+        for parameter in (module.up, module.down):
+            parameter[2:] = bad
+    actual = observe(compiled(module, experts, "aot_eager"), module, args, backward=backward)
+    assert actual.result.isfinite().all()
+    assert_same(actual, observe(module, module, args, backward=backward))
+
+
+@both_backends
+def test_bad_values_of_a_dropped_token(experts):
+    """It is read by nobody, so that every gradient is finite."""
+    x, _, weights = inputs()
+    x[0], weights[0] = math.nan, math.inf
+    module = Moe(sentinel)
+    args = (x, torch.tensor(DROPPED["some"]), weights)
+    actual = observe(compiled(module, experts, "aot_eager"), module, args, backward=True)
+    assert actual.result.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in actual.gradients.values() if gradient is not None)
+    assert_same(actual, observe(module, module, args, backward=True))
+
+
+# --- gradients as they come -------------------------------------------------------------------------------------------
+
+
+GRADIENTS = {
+    "expanded": lambda result: result.sum(),
+    "expanded rows": lambda result: (result.sum(-1) * torch.arange(result.shape[0])).sum(),
+    "transposed": lambda result: (result.t() @ torch.ones(result.shape[0], 3, dtype=result.dtype)).sum(),
+    "every second": lambda result: weigh_up(result[::2, 1::2]),
+    "zeros": lambda result: (result * 0).sum(),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("loss", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradient_of_any_stride(monkeypatch, experts, loss, dtype):
+    """Through torch's kernel too, where the dtype has one."""
+    monkeypatch.setattr(grouped_product, "_device_has_kernel", lambda device: True)
+    module, (x, ids, weights) = Moe(sums, dtype=dtype), inputs(dtype=dtype)
+    gradients = []
+    for run in (module, compiled(module, experts, "aot_eager")):
+        module.zero_grad()
+        own = x.clone().requires_grad_()
+        loss(run(own, ids, weights)).backward()
+        gradients.append([own.grad, module.weight.grad])
+    # bf16: sums of at most 16 terms of order 1, each rounded to 2**-9.
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype is torch.float64 else {"rtol": 2**-5, "atol": 2**-5}
+    torch.testing.assert_close(gradients[1], gradients[0], **tolerance)
+
+
+def sums(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Rows that are a sum: the gradient of their product is expanded already."""
+    out = torch.zeros_like(x)
+    for expert in m.mask(ids).sum((-1, -2)).greater(0).nonzero():
+        expert = expert[0]
+        slot, token = torch.where(m.mask(ids)[expert])
+        out.index_add_(0, token, (x[token] @ m.weight[expert]).sum(-1, keepdim=True).expand(-1, HIDDEN))
+    return out
