@@ -85,6 +85,25 @@ def positions_as_lists(m, x, ids, weights):
     return out
 
 
+def convolutions_of_one_position(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        rows = F.silu(F.conv1d(x[token].unsqueeze(-1), m.up[e].unsqueeze(-1)))
+        rows = F.conv1d(rows, m.down[e].unsqueeze(-1), m.bias[e]).squeeze(-1)
+        out.index_add_(0, token, rows * weights[token, slot, None])
+    return out
+
+
+def convolution_over_a_whole_row(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        rows = F.conv2d(x[token].view(-1, 2, 2, 2), m.weight[e].view(HIDDEN, 2, 2, 2), m.bias[0])
+        out.index_add_(0, token, rows.flatten(1) * weights[token, slot, None])
+    return out
+
+
 def writes_by_a_mask_and_reads_by_its_flat_view(m, x, ids, weights):
     out, batched, batched_ids = (t.view(2, -1, t.shape[-1]) for t in (torch.zeros_like(x), x, ids))
     flat, gates = x, torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
@@ -104,6 +123,7 @@ REWRITTEN: tuple[Loop, ...] = (
         positions_as_lists,
         writes_by_a_mask_and_reads_by_its_flat_view,
     ),
+    *(convolutions_of_one_position, convolution_over_a_whole_row),
 )
 
 
@@ -266,6 +286,36 @@ def how_many_positions(m, x, ids, weights):
     return out
 
 
+def _convolved(m, x, ids, **how):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        out.index_add_(0, token, F.conv1d(x[token].unsqueeze(1), m.weight[e, :1, None, :3], **how).squeeze(1))
+    return out
+
+
+def convolution_that_moves(m, x, ids, weights):
+    return _convolved(m, x, ids, padding=1)
+
+
+def convolution_in_groups(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        out.index_add_(0, token, F.conv1d(x[token].unsqueeze(-1), m.weight[e, :, :4, None], groups=2).squeeze(-1))
+    return out
+
+
+def convolution_over_the_rows(m, x, ids, weights):
+    """The rows are what a kernel of 3 moves over."""
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        slot, token = torch.where(mask[e])
+        kernel = m.weight[e, :, :, None].expand(-1, -1, 3)
+        out.index_add_(0, token, F.conv1d(x[token].t().unsqueeze(0), kernel, padding=1).squeeze(0).t())
+    return out
+
+
 def a_mask_and_its_transpose(m, x, ids, weights):
     """As many rows, in another order."""
     out, batched_ids = torch.zeros_like(x).view(2, -1, HIDDEN), ids.view(2, -1, ids.shape[-1])
@@ -281,6 +331,7 @@ RIGHT: tuple[Loop, ...] = (
     *(blocks_backwards, block_of_the_next, writes_blocks, changes_blocks_in_place, comprehension_with_a_condition),
     *(comprehension_by_data, comprehension_with_a_side_effect, comprehension_of_views, nested_comprehension),
     *(comprehension_of_pairs, comprehension_of_random_numbers, a_mask_and_its_transpose),
+    *(convolution_that_moves, convolution_in_groups, convolution_over_the_rows),
     *(positions_in_another_order, positions_that_change, how_many_positions),
 )
 

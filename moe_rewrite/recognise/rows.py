@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from moe_rewrite import markers
 from moe_rewrite.loop import Kind, Place, Primitive, Step, Value
 from moe_rewrite.recognise import rules
+from moe_rewrite.recognise.convolution import product_of_rows
 from moe_rewrite.recognise.effects import Effects, Special
 from moe_rewrite.recognise.leading import PERMUTES, RESHAPES, Behind, operator_behind, rearranged
 from moe_rewrite.recognise.membership import Form, is_index_number, meanings
@@ -305,6 +306,8 @@ class RowProgram:
         """The step of an operator on rows."""
         if op in _MATMULS:
             return self._matmul(node, op, given)
+        if op is aten.convolution.default:
+            return product_of_rows(self, node, given)
         if op in (aten.index.Tensor, aten.index_select.default, aten.embedding.default):
             return self._gather(node, op, given)
         if _depends_on_row_count(node.meta["val"]):
