@@ -1,6 +1,8 @@
 """Export a Mixture-of-Experts model with ``moe_rewrite.export``, save it, load it, and compile it ahead of time.
 
     python examples/export.py
+
+The weights are random: nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Generate text (here: token numbers) with ``model.generate``, its forward compiled with ``backend="moe_rewrite"``.
 
     python examples/generate.py
+
+The weights are random: nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Train a small Mixture-of-Experts model, eager and compiled with ``backend="moe_rewrite"``: the losses are the same.
 
     python examples/train.py
+
+The weights are random: nothing is downloaded.
 """
 
 from __future__ import annotations
