@@ -18,11 +18,8 @@ READY4 := $(VENV4)/.ready
 help: ## Show this list.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
 
-demo: $(READY) ## Compile a small Mixture-of-Experts model, show what was rewritten, and time it; generate, train, export.
+demo: $(READY) ## Compile a small Mixture-of-Experts model, show what was rewritten, and time it.
 	$(BIN)/python examples/quickstart.py
-	$(BIN)/python examples/generate.py
-	$(BIN)/python examples/train.py
-	$(BIN)/python examples/export.py
 
 test: check ## Run the checks and all tests. PYTEST_ARGS="-k name" picks some; WORKERS=4 runs four at a time.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
