@@ -70,12 +70,14 @@ class Plan:
         finding: the body.
         report: what is reported of it; None for a body without effect.
         backend: the experts backend it is lowered to; None for a body that is refused or has no effect.
+        needs_grad: whether the graph may be run backward.
     """
 
     gm: fx.GraphModule
     finding: Finding
     report: LoopReport | None
     backend: ExpertsBackend | None
+    needs_grad: bool = True
 
 
 def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> list[Plan]:
@@ -83,7 +85,16 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     for graph in graphs:
         spell_out_pieces(graph.graph)
-    return [_plan(graph, finding, experts, base_path) for graph in graphs for finding in find_loops(graph)]
+    plans = [_plan(graph, finding, experts, base_path) for graph in graphs for finding in find_loops(graph)]
+    needs_grad = _may_need_grad(gm)
+    return [dataclasses.replace(plan, needs_grad=needs_grad) for plan in plans]
+
+
+def _may_need_grad(gm: fx.GraphModule) -> bool:
+    """Whether a gradient can be asked for: as the compilers decide it, by the graph's inputs."""
+    inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
+    examples = [node.meta.get("example_value") for node in inputs]
+    return torch.is_grad_enabled() and any(one is None or getattr(one, "requires_grad", False) for one in examples)
 
 
 def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
@@ -137,7 +148,7 @@ def _replace(
     loop = dataclasses.replace(report.loop, inputs=tuple(replaced.get(node, node) for node in report.loop.inputs))
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        lifted = Lifted(loop, inputs, fuses)
+        lifted = Lifted(loop, inputs, fuses, plan.needs_grad)
         backend.build(loop, lifted)
         return lifted.outputs
 

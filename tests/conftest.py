@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU, slowly
 
 # pytest 9 adds a handler to every logger that does not propagate. torch writes its structured traces, at half of the
 # time of a compile, as soon as this one has a handler.

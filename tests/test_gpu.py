@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from moe_rewrite.lower import grouped_product as grouped
-from moe_rewrite.lower import tiles
+from moe_rewrite.lower.rows_mm import DTYPES
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it with deterministic algorithms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
-BACKENDS = ("batched_mm", "grouped_mm")
+BACKENDS = ("batched_mm", "grouped_mm", "triton")
 LOW = ("bf16", "fp16", "fp32")
 TOKENS = 96
 
@@ -58,8 +58,8 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("dtype", tiles.DTYPES, ids=str)
-def test_tiles(sizes, dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels(sizes, dtype):
     """Any sizes and strides, against fp64 on the CPU; what is past the last group is not looked at."""
     generator = torch.Generator().manual_seed(0)
     for (inner, columns), rest in itertools.product([(6, 4), (37, 70), (64, 256)], [0, 3]):
@@ -72,10 +72,10 @@ def test_tiles(sizes, dtype):
         offsets = torch.tensor(sizes).cumsum(0).int()
         groups, grads = (tensor[: sum(sizes)].double().split(sizes) for tensor in (rows, grad))
         on_gpu = [tensor.cuda() for tensor in (rows, weight, offsets, bias)]
-        result = torch.ops.moe_rewrite.tiled_mm(*on_gpu)[: sum(sizes)].cpu()
+        result = grouped.grouped_product(*on_gpu)[: sum(sizes)].cpu()
         wanted = [group @ own.double() + b.double() for group, own, b in zip(groups, weight, bias, strict=True)]
         torch.testing.assert_close(result, torch.cat(wanted).to(dtype), atol=_atol(dtype), rtol=_rtol(dtype))
-        outer = torch.ops.moe_rewrite.tiled_outer(on_gpu[0], grad.cuda(), on_gpu[2]).cpu()
+        outer = grouped.grouped_outer(on_gpu[0], grad.cuda(), on_gpu[2]).cpu()
         wanted = [group.T @ own for group, own in zip(groups, grads, strict=True)]
         torch.testing.assert_close(outer, torch.stack(wanted).to(dtype), atol=_atol(dtype), rtol=_rtol(dtype))
 

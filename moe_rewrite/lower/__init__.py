@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moe_rewrite.errors import OptionsError
 from moe_rewrite.loop import EveryToken, ExpertsLoop
-from moe_rewrite.lower import auto, batched_mm, grouped_mm
+from moe_rewrite.lower import auto, batched_mm, grouped_mm, triton
 from moe_rewrite.lower.lift import Lifted
 from moe_rewrite.lower.pairs import Pairs
 
@@ -135,3 +135,4 @@ def choose(name: str, loop: ExpertsLoop) -> tuple[ExpertsBackend | None, str]:
 
 register_experts_backend("batched_mm", batched_mm.lower)
 register_experts_backend("grouped_mm", grouped_mm.lower)
+register_experts_backend("triton", triton.lower)

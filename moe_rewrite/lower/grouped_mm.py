@@ -17,6 +17,7 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # The kernel leaves rows past the last offset unwritten, in the result and in the gradient of its input.
-        return pairs.lend(grouped_product(pairs.only_valid(rows), weight, offsets, bias))
+        rows = pairs.only_valid(rows) if lifted.needs_grad else rows
+        return lifted.lend(pairs, grouped_product(rows, weight, offsets, bias))
 
     lifted.run(pairs, product, with_bias=product)

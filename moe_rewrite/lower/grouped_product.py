@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rewrite.lower import tiles
+from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, available, rows_mm, rows_outer
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 # The tag keeps inductor from putting an operator into a CUDA graph.
 _READS_ON_HOST = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
 _LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor", tags=_READS_ON_HOST)
 _LIBRARY.define("grouped_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor", tags=_READS_ON_HOST)
-_LIBRARY.define("tiled_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor")
-_LIBRARY.define("tiled_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor")
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,8 +33,9 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
         result = torch.nn.functional.grouped_mm(rows.contiguous(), weight, offs=offsets)
         # A slice of everything: its gradient is a copy. The kernel takes no gradient that is expanded or strided.
         return torch.ops.aten.slice.Tensor(result, 1, 0, sys.maxsize)
-    if _has_tiles(rows):
-        return torch.ops.moe_rewrite.tiled_mm(rows, weight, offsets, bias)
+    if _has_kernel_of_ours(rows):
+        vectors, epilogue = ([], "") if bias is None else ([bias], ADD_VECTOR)
+        return rows_mm(rows, [weight], vectors, offsets=offsets, epilogue=epilogue)
     return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets, bias)
 
 
@@ -51,8 +50,8 @@ def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         ``[E, K, N]``, zero for a group without rows. Rows past the last offset count for nothing.
     """
-    if _has_tiles(rows):
-        return torch.ops.moe_rewrite.tiled_outer(rows, grad, offsets)
+    if _has_kernel_of_ours(rows):
+        return rows_outer(rows, grad, offsets)
     return torch.ops.moe_rewrite.grouped_outer(rows, grad, offsets)
 
 
@@ -87,8 +86,8 @@ def _device_has_kernel(device: torch.device) -> bool:
     return major in (9, 10)
 
 
-def _has_tiles(rows: Tensor) -> bool:
-    return rows.device.type == "cuda" and rows.dtype in tiles.DTYPES and tiles.available()
+def _has_kernel_of_ours(rows: Tensor) -> bool:
+    return rows.device.type == "cuda" and rows.dtype in DTYPES and available(rows.device)
 
 
 def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
@@ -116,14 +115,12 @@ def _grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return result
 
 
-torch.library.impl(_LIBRARY, "tiled_mm", "CUDA")(tiles.multiply)
-torch.library.impl(_LIBRARY, "tiled_outer", "CUDA")(tiles.outer)
-
-
+@torch.library.register_fake("moe_rewrite::grouped_mm", lib=_LIBRARY)
 def _fake_mm(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
+@torch.library.register_fake("moe_rewrite::grouped_outer", lib=_LIBRARY)
 def _fake_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty(offsets.shape[0], rows.shape[1], grad.shape[1])
 
@@ -132,25 +129,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _register(mm: str, outer: str) -> None:
-    """What the product ``mm`` and the gradient of its weight ``outer`` give without data, and the gradients of ``mm``.
-
-    A gradient may have any strides: neither the kernels nor ``torch.mm`` ask for some.
-    """
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, offsets = ctx.saved_tensors
-        needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
-        ops = torch.ops.moe_rewrite
-        grad_rows = getattr(ops, mm)(grad, weight.transpose(1, 2), offsets, None) if needs_rows else None
-        grad_weight = getattr(ops, outer)(rows, grad, offsets) if needs_weight else None
-        grad_bias = grouped_sum(grad, offsets) if needs_bias else None
-        return grad_rows, grad_weight, None, grad_bias
-
-    torch.library.register_fake(f"moe_rewrite::{mm}", _fake_mm, lib=_LIBRARY)
-    torch.library.register_fake(f"moe_rewrite::{outer}", _fake_outer, lib=_LIBRARY)
-    torch.library.register_autograd(f"moe_rewrite::{mm}", backward, setup_context=_save, lib=_LIBRARY)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A gradient may have any strides: ``torch.mm`` does not ask for some."""
+    rows, weight, offsets = ctx.saved_tensors
+    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
+    ops = torch.ops.moe_rewrite
+    grad_rows = ops.grouped_mm(grad, weight.transpose(1, 2), offsets, None) if needs_rows else None
+    grad_weight = ops.grouped_outer(rows, grad, offsets) if needs_weight else None
+    grad_bias = grouped_sum(grad, offsets) if needs_bias else None
+    return grad_rows, grad_weight, None, grad_bias
 
 
-_register("grouped_mm", "grouped_outer")
-_register("tiled_mm", "tiled_outer")
+torch.library.register_autograd("moe_rewrite::grouped_mm", _backward, setup_context=_save, lib=_LIBRARY)

@@ -8,7 +8,8 @@ backend's own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,14 +42,20 @@ class Lifted:
         inputs: the values of its inputs.
         fuses: whether the inner compiler fuses elementwise operators into reductions, as inductor does. Without it a
             large intermediate value is a large piece of memory.
+        needs_grad: whether there may be a gradient to compute.
     """
 
-    def __init__(self, loop: ExpertsLoop, inputs: Sequence[Any], fuses: bool) -> None:
+    def __init__(self, loop: ExpertsLoop, inputs: Sequence[Any], fuses: bool, needs_grad: bool = True) -> None:
         self.loop = loop
         self.fuses = fuses
+        self.needs_grad = needs_grad
+        # What is computed for pairs of no expert is dropped. It matters what it is where a gradient goes through it, or
+        # where it is an index.
+        self.lends = needs_grad or any(_may_be_an_index(step) for step in loop.steps)
         self.inputs = inputs
         self.outputs: list[Tensor] = []
         self._values: dict[Value, Any] = {}
+        self._instead: Mapping[Value, Callable[[], Tensor]] = {}
         self._with_bias: ProductWithBias | None = None
         for step in loop.steps:
             used = pytree.tree_leaves((step.args, step.kwargs))
@@ -67,9 +74,23 @@ class Lifted:
             raise ValueError("a loop in which each expert takes every token has no pairs")
         if isinstance(dispatch, MaskDispatch):
             return Pairs.of_mask(self.loop, self._over_experts(dispatch.mask), self._visited())
-        return Pairs.in_token_order(self.loop, self._values[dispatch.expert_ids], self._visited())
+        return Pairs.in_token_order(self.loop, self._values[dispatch.expert_ids], self._visited(), self.lends)
 
-    def run(self, pairs: Pairs | None, product: Product | None, with_bias: ProductWithBias | None = None) -> None:
+    def value(self, value: Value) -> Any:
+        """The value over all pairs or experts, of what does not depend on rows or was computed before."""
+        return self._over_experts(value)
+
+    def lend(self, pairs: Pairs, rows: Tensor) -> Tensor:
+        """``rows`` ``[P, N]``, where it matters with those of another pair for the pairs of no expert."""
+        return pairs.lend(rows) if self.lends else rows
+
+    def run(
+        self,
+        pairs: Pairs | None,
+        product: Product | None,
+        with_bias: ProductWithBias | None = None,
+        instead: Mapping[Value, Callable[[], Tensor]] | None = None,
+    ) -> None:
         """Compute the rows of all pairs, in their order, and add them to the loop's accumulators in place.
 
         Args:
@@ -77,8 +98,10 @@ class Lifted:
             product: what multiplies the rows with the weights of their experts.
             with_bias: what adds a bias to the product before it is rounded, as ``F.linear`` does. Without it the bias
                 is added afterwards: in low precision that is one rounding more than eager makes.
+            instead: what computes a per-row value in another way than by its step, when its turn comes.
         """
         self._with_bias = with_bias
+        self._instead = instead or {}
         for step in self.loop.steps:
             if step.result in self._values:
                 continue
@@ -171,6 +194,9 @@ class Lifted:
             raise NotLiftedError(f"`{step.op}` cannot be executed for all experts at once: {error}") from error
         return _as_example(result, step.result.example)
 
+    def _harmless(self, pairs: Pairs, index: Tensor) -> Tensor:
+        return pairs.harmless_index(index) if self.lends else index
+
     def _multiply(
         self, pairs: Pairs, product: Product, rows: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
@@ -181,6 +207,8 @@ class Lifted:
         return product(rows, weight) + _gather(bias, (pairs.expert,))
 
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
+        if step.result in self._instead:
+            return self._instead[step.result]()
         if step.op is Primitive.COORDINATE:
             return pairs.coordinate(step.args[0])
         if step.op is Primitive.ROW_COUNT:
@@ -189,11 +217,11 @@ class Lifted:
         if step.op is Primitive.MATMUL:
             return self._multiply(pairs, product, *args)
         if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
-            args = pytree.tree_map_only(Tensor, pairs.harmless_index, args[1:])
+            args = pytree.tree_map_only(Tensor, partial(self._harmless, pairs), args[1:])
             return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
         if step.op is Primitive.INDEX_EXPERT:
             value, indices = args
-            return _gather(value, (pairs.expert, *map(pairs.harmless_index, indices)))
+            return _gather(value, (pairs.expert, *(self._harmless(pairs, index) for index in indices)))
         if step.op is Primitive.GATHER_EXPERT:
             value, rank = args
             gathered = _gather(value, (pairs.expert,))
@@ -202,6 +230,12 @@ class Lifted:
         result = step.op(*args, **kwargs)  # type: ignore[operator]
         # A 0-dim value of the expert does not take part in type promotion, one for each pair does.
         return _as_example(result, step.result.example)
+
+
+def _may_be_an_index(step: Step) -> bool:
+    example = step.result.example
+    is_row = step.result.kind is Kind.PER_ROW and step.op is not Primitive.COORDINATE
+    return is_row and isinstance(example, Tensor) and not example.is_floating_point()
 
 
 def _gather(table: Tensor, index: tuple[Tensor, ...]) -> Tensor:

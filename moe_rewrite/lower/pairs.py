@@ -35,26 +35,32 @@ class Pairs:
             ``[P]`` int64.
         inverse: where each entry of the flattened expert ids stands among the pairs, ``[P]``; None in token order, and
             for pairs of a mask.
+        key: the expert of each pair, ``[P]`` of an integer dtype: outside ``[0, num_experts)`` for pairs of no expert.
         offsets: where the pairs of each expert end, ``[num_experts]`` int32; None in token order. Pairs of no expert
             come after the last of them.
         shape: shape of the expert ids, or of the mask of one expert.
+        lender: the pair whose rows the pairs of no expert get, 0-dim; None for the first.
     """
 
     expert: Tensor
     valid: Tensor | None
     position: Tensor
     inverse: Tensor | None
+    key: Tensor
     offsets: Tensor | None
     shape: torch.Size
+    lender: Tensor | None = None
 
     @classmethod
-    def in_token_order(cls, loop: ExpertsLoop, expert_ids: Tensor, visited: Tensor | None) -> Pairs:
+    def in_token_order(cls, loop: ExpertsLoop, expert_ids: Tensor, visited: Tensor | None, lends: bool = True) -> Pairs:
         """The pairs as they stand in ``expert_ids``.
 
         Args:
             loop: the loop. Its dispatch is top-k.
             expert_ids: the value of its expert ids, any shape and integer dtype.
             visited: which experts the loop visits, ``[n]``: those that are not 0; None for all that have pairs.
+            lends: whether pairs of no expert get the token, slot and expert of another. Where they do not, they keep
+                their own token and slot and get some expert.
         """
         dispatch = loop.dispatch
         assert isinstance(dispatch, TopKDispatch)
@@ -62,7 +68,7 @@ class Pairs:
         position = torch.arange(ids.shape[0], device=ids.device)
         once = None if dispatch.merged is None else first_of_slots(ids, expert_ids.shape, dispatch.merged, dispatch)
         if dispatch.in_range and once is None:
-            return cls(ids, None, position, None, None, expert_ids.shape)
+            return cls(ids, None, position, None, ids, None, expert_ids.shape)
         valid = torch.zeros_like(ids, dtype=torch.bool)
         for experts in loop.experts:
             valid = valid | ((ids >= experts.start) & (ids < experts.stop))
@@ -71,11 +77,13 @@ class Pairs:
             valid = valid & (visited[expert] != 0)
         if once is not None:
             valid = valid & once
-        if ids.shape[0] == 0:
-            return cls(expert, valid, position, None, None, expert_ids.shape)
+        plain = loop.experts == (range(loop.num_experts),) and visited is None and once is None
+        key = ids if plain else torch.where(valid, expert, loop.num_experts)
+        if ids.shape[0] == 0 or not lends:
+            return cls(expert, valid, position, None, key, None, expert_ids.shape)
         lender = valid.to(torch.int8).argmax()  # the first pair that counts
         source = torch.where(valid, position, lender)
-        return cls(expert[source], valid, source, None, None, expert_ids.shape)
+        return cls(expert[source], valid, source, None, key, None, expert_ids.shape, lender)
 
     @classmethod
     def of_mask(cls, loop: ExpertsLoop, mask: Tensor, visited: Tensor | None) -> Pairs:
@@ -97,7 +105,7 @@ class Pairs:
             flat = flat & (visited[: mask.shape[0]] != 0).unsqueeze(1)
         expert, position = flat.nonzero().unbind(1)
         offsets = flat.sum(1).cumsum(0).to(torch.int32)
-        return cls(expert, None, position, None, offsets, mask.shape[1:])
+        return cls(expert, None, position, None, expert, offsets, mask.shape[1:])
 
     def sorted_by_expert(self, num_experts: int) -> Pairs:
         """The same pairs with those of one expert side by side, without synchronisation with the device."""
@@ -105,8 +113,10 @@ class Pairs:
             return self
         key = self.expert if self.valid is None else torch.where(self.valid, self.expert, num_experts)
         order, inverse, offsets = sort_by_expert(key, num_experts)
-        valid = None if self.valid is None else self.valid[order]
-        return Pairs(self.expert[order], valid, self.position[order], inverse, offsets, self.shape)
+        expert, position = self.expert[order], self.position[order]
+        if self.valid is None:
+            return Pairs(expert, None, position, inverse, expert, offsets, self.shape)
+        return Pairs(expert, self.valid[order], position, inverse, key[order], offsets, self.shape)
 
     def coordinate(self, axis: int | None) -> Tensor:
         """Where each pair stands along an axis of the expert ids, ``[P]`` int64; 0 for an axis of length 1 (None)."""
@@ -121,11 +131,12 @@ class Pairs:
         return rows if self.valid is None else torch.where(_column(self.valid, rows), rows, 0)
 
     def lend(self, rows: Tensor) -> Tensor:
-        """``rows`` ``[P, ...]``, sorted by expert, with the first of them for the pairs of no expert."""
+        """``rows`` ``[P, ...]`` with those of the lender for the pairs of no expert."""
         if self.valid is None:
             return rows
-        first = self.only_valid(rows)[:1]
-        return torch.where(_column(self.valid, rows), rows, first)
+        own = self.only_valid(rows)
+        lent = own[:1] if self.lender is None else own.index_select(0, self.lender.reshape(1))
+        return torch.where(_column(self.valid, rows), rows, lent)
 
     def harmless_index(self, index: Tensor) -> Tensor:
         """An index for each pair, 0 where no pair at all counts: what the ids lead to could be out of range there."""
@@ -186,7 +197,9 @@ def sort_by_expert(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
         before = (other < key.unsqueeze(1)) | ((other == key.unsqueeze(1)) & (place < place.unsqueeze(1)))
         inverse = before.sum(1)
         offsets = (other <= bins[:-1].unsqueeze(1)).sum(1).to(torch.int32)
-        return torch.empty_like(inverse).scatter(0, inverse, place), inverse, offsets
+        # No scatter: inductor makes three kernels of it.
+        order = torch.where(inverse == place.unsqueeze(1), place, 0).sum(1)
+        return order, inverse, offsets
     if on_gpu and pairs * num_experts <= MAX_COUNTED:
         # Counting needs a scan and no sort.
         ranks = (key.unsqueeze(1) == bins).to(torch.int32).cumsum(0)
