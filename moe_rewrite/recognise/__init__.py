@@ -30,7 +30,7 @@ from moe_rewrite.loop import (
 )
 from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, operation, shares_memory
 from moe_rewrite.recognise import provenance, rules
-from moe_rewrite.recognise.aten import retrace
+from moe_rewrite.recognise.aten import Traces
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
 from moe_rewrite.recognise.membership import EXPERT, Form
 from moe_rewrite.recognise.origins import origin_of
@@ -73,7 +73,8 @@ class Finding:
 def find_loops(gm: fx.GraphModule) -> list[Finding]:
     """What the captured loop bodies of ``gm`` mean, in order."""
     regions = find_regions(gm.graph)
-    findings = [_understand(region, regions) for region in regions]
+    traces = Traces()
+    findings = [_understand(region, regions, traces) for region in regions]
     return [_apart_from_other_paths(finding, findings) for finding in findings]
 
 
@@ -152,16 +153,16 @@ def _input_behind(value: Value, steps: dict[Value, Step]) -> int:
     return position
 
 
-def _understand(region: Region, regions: list[Region]) -> Finding:
+def _understand(region: Region, regions: list[Region], traces: Traces) -> Finding:
     path, location = provenance.module_path(region.begin), provenance.user_location(region.begin)
     try:
-        return _prove(region, [other for other in regions if other.loop is region.loop], path, location)
+        return _prove(region, [other for other in regions if other.loop is region.loop], path, location, traces)
     except Refused as refused:
         where = refused.node
         return Finding(region, Refusal(path, location, refused.reason, "" if where is None else where.name))
 
 
-def _prove(region: Region, paths: list[Region], path: str, location: str) -> Finding:
+def _prove(region: Region, paths: list[Region], path: str, location: str, traces: Traces) -> Finding:
     if region.end is None:
         raise Refused("the loop is left before it is exhausted, by `break`, `return` or an exception")
     for node in region.body:
@@ -183,7 +184,7 @@ def _prove(region: Region, paths: list[Region], path: str, location: str) -> Fin
     computed = set(nodes)
     wanted = dict.fromkeys([region.hits, *(n for node in nodes for n in node.all_input_nodes), *masks])
     inputs = [node for node in wanted if node not in computed]
-    gm = _retraced(nodes, inputs, masks, region.begin)
+    gm = _retraced(traces, nodes, inputs, masks, region.begin)
     hits = next(iter(gm.graph.output_node().args[0]), None)  # type: ignore[arg-type]
     program = RowProgram(gm.graph, inputs, _is_differentiated(region))
     sources = _sources(program, region, inputs)
@@ -209,9 +210,11 @@ def _sources(program: RowProgram, region: Region, inputs: list[fx.Node]) -> tupl
     return tuple(sources)
 
 
-def _retraced(nodes: list[fx.Node], inputs: list[fx.Node], masks: list[fx.Node], begin: fx.Node) -> fx.GraphModule:
+def _retraced(
+    traces: Traces, nodes: list[fx.Node], inputs: list[fx.Node], masks: list[fx.Node], begin: fx.Node
+) -> fx.GraphModule:
     try:
-        return retrace(nodes, inputs, masks, begin)
+        return traces.retrace(nodes, inputs, masks, begin)
     except Exception as error:
         raise Refused(f"the body cannot be traced to ATen operators: {type(error).__name__}: {error}") from error
 

@@ -7,7 +7,8 @@ So the pieces whose meaning has to be proved are judged on ATen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,17 @@ from torch._decomp import get_decompositions
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from moe_rewrite import fingerprint
 from moe_rewrite.nodes import changes_something, example_value, is_size_assertion, short_name
 
 # Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand. So is what
 # gives something for the backward besides its result.
 _DECOMPOSED = [torch.ops.aten.native_layer_norm, torch.ops.aten.log_sigmoid_forward]
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    return dict(get_decompositions(_DECOMPOSED))
 
 
 # Functions that change how operators run: transforms of torch.func, hooks on saved tensors.
@@ -40,13 +47,48 @@ def trace(fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
     with fresh, torch.no_grad(), fake_mode or contextlib.nullcontext():
         gm = make_fx(
             fn,
-            decomposition_table=get_decompositions(_DECOMPOSED),
+            decomposition_table=_decompositions(),
             tracing_mode="symbolic",
             _error_on_data_dependent_ops=False,
         )(*detached)
     for placeholder, node in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         placeholder._rename(short_name(node))
     return gm
+
+
+class Traces:
+    """Graphs that were retraced before, by what they were retraced from: layers of one structure share one.
+
+    They are valid for one graph of Dynamo's: symbols mean the same in all of it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, fx.GraphModule] = {}
+
+    def retrace(
+        self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node], at: fx.Node
+    ) -> fx.GraphModule:
+        """As :func:`retrace`."""
+        try:
+            with autocast_of(at):
+                key = (fingerprint.of_nodes(nodes, inputs, results), fingerprint.of_autocast())
+        except fingerprint.NoFingerprint:
+            return retrace(nodes, inputs, results, at)
+        if key not in self._known:
+            self._known[key] = retrace(nodes, inputs, results, at)
+            return self._known[key]
+        return _named_after(self._known[key], inputs)
+
+
+def _named_after(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """A copy of a graph whose placeholders are named after ``inputs``."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for placeholder, node in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        copies[placeholder] = graph.placeholder(short_name(node))
+        copies[placeholder].meta = dict(placeholder.meta)
+    graph.output(graph.graph_copy(gm.graph, copies))
+    return fx.GraphModule(gm, graph)
 
 
 def retrace(
