@@ -72,9 +72,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--intermediate", type=_positive, metavar="N", help="1408 unless given")
 
     one = commands.add_parser("summary", help="the tables out of JSON lines")
-    one.add_argument("results", nargs="+", type=Path, metavar="DIR")
+    one.add_argument("results", nargs="+", type=_existing, metavar="DIR")
     one = commands.add_parser("plot", help="pictures out of the JSON lines of the part experts")
-    one.add_argument("results", nargs="+", type=Path, metavar="DIR")
+    one.add_argument("results", nargs="+", type=_existing, metavar="DIR")
     one.add_argument("--output", type=Path, metavar="DIR", help="folder for the pictures; else the first DIR")
     return own
 
@@ -83,6 +83,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)
+
+
+def _existing(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no {text!r}")
+    return Path(text)
 
 
 def _case(text: str) -> str:

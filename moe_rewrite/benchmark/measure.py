@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from moe_rewrite.benchmark import compiler
 
@@ -58,8 +59,8 @@ def synchronize(device: torch.device) -> None:
 def release(device: torch.device) -> None:
     """Drop compiled code, CUDA graphs and cached memory, so that variants do not add up."""
     compiler.forget()
-    gc.collect()
     if on_gpu(device):
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -124,8 +125,13 @@ def plain_calls(action: Action, repeats: int, device: torch.device, rewind: Acti
         rewind()
         times.append(milliseconds(action, device))
     half = max(1, len(times) // 2)
+
+    def several() -> None:
+        for _ in range(half):
+            action()
+
     rewind()
-    together = milliseconds(lambda: [action() for _ in range(half)][:0], device) / half
+    together = milliseconds(several, device) / half
     row: Row = {"ms": statistics.median(times), "b2b_ms": together, "times_ms": times}
     if on_gpu(device):
         row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -137,17 +143,24 @@ def allocated_gib(device: torch.device) -> float:
 
 
 class Replay:
-    """A CUDA graph of a call, captured by hand, replayed with ever other inputs and with the caches flushed before."""
+    """A CUDA graph of a call, captured by hand, replayed with ever other inputs and with the caches flushed before.
 
-    def __init__(self, call: Callable[[Given], Any], inputs: Sequence[Given], device: torch.device) -> None:
-        self.device, self.static, self.rotation = device, inputs[0].leaves(), itertools.cycle(inputs)
+    Args:
+        call: the call, compiled already.
+        inputs: what it takes, of one size; replays take turns with them.
+        flushed: ``FLUSHED_BYTES`` of memory on the device, which is written before each replay.
+    """
+
+    def __init__(self, call: Callable[[Given], Any], inputs: Sequence[Given], flushed: Tensor) -> None:
+        self.flushed, self.device = flushed, flushed.device
+        self.static, self.rotation = inputs[0].leaves(), itertools.cycle(inputs)
+        device = self.device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(3):
                 call(self.static)
         torch.cuda.current_stream(device).wait_stream(side)
-        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.results = call(self.static)

@@ -201,7 +201,7 @@ def _measure(case: Case, variant: Variant, settings: Settings, reference: Tensor
             row["own_gib"] = row["peak_gib"] - base
         row["cudagraph_skips"] = compiler.cudagraph_skips()
         case.rewind()
-        row["rel_err"] = relative_error(case.call(run), reference.to(settings.device))
+        row["rel_err"] = relative_error(case.call(run), reference)
         return row
 
     measure.release(settings.device)

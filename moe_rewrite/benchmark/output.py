@@ -61,8 +61,9 @@ def read_rows(paths: Iterable[Path], part: str) -> list[Row]:
     Of rows with the same case and variant the last counts. What a run that was cut off left of a line does not.
     """
     rows: dict[tuple[str, str], Row] = {}
-    for path in paths:
-        for line in (path / f"{part}.jsonl" if path.is_dir() else path).read_text().splitlines():
+    files = [path / f"{part}.jsonl" if path.is_dir() else path for path in paths]
+    for file in files:
+        for line in file.read_text().splitlines() if file.exists() else ():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -12,7 +12,7 @@ from moe_rewrite.benchmark.shapes import ExpertsInputs
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """What an experts module computes, in float64.
+    """What an experts module computes, in float64, in the host's memory.
 
     Attributes:
         output: ``[T, H]``.
@@ -46,7 +46,9 @@ class Exact:
                 of_rows, of_down = torch.autograd.grad(out, (rows, down), inputs.gradient[token].double())
                 hidden.index_add_(0, token, of_rows)
                 weight = of_down if expert == first else weight
-        return cls(output, hidden, weight, first)
+        if hidden is None or weight is None:
+            return cls(output.cpu())
+        return cls(output.cpu(), hidden.cpu(), weight.cpu(), first)
 
     def error(self, results: tuple[Tensor, ...], names: list[str]) -> float:
         """The largest relative error (norm of the difference over the norm) of ``results``, which ``names`` names."""
@@ -71,5 +73,5 @@ def _expert(module: nn.Module, expert: int, rows: Tensor, down: Tensor) -> Tenso
 
 def relative_error(result: Tensor, wanted: Tensor) -> float:
     """The norm of the difference over the norm. NaN stays NaN."""
-    wanted = wanted.double()
+    wanted = wanted.to(result.device, torch.float64)
     return float((result.detach().double() - wanted).norm() / wanted.norm())
