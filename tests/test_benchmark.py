@@ -265,21 +265,23 @@ def test_variants():
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "backward", "said"),
+    ("name", "shape", "tokens", "backward", "said"),
     [
-        ("transformers/batched_mm/default", 16, False, None),
-        ("transformers/batched_mm/default", 512, False, "a third of the device's memory"),
-        ("moe_rewrite/batched_mm/default", 512, False, None),
-        ("moe_rewrite/batched_mm/default", 4096, False, "above 512 tokens"),
-        ("moe_rewrite/batched_mm/default", 512, True, "gradient"),
-        ("transformers/eager/plain", 16384, False, None),
-        ("moe_rewrite/auto/default", 16384, True, None),
+        ("transformers/batched_mm/default", "qwen3-30b-a3b", 16, False, None),
+        ("transformers/batched_mm/default", "qwen3-30b-a3b", 512, False, "39 GB, is more than a third"),
+        ("moe_rewrite/batched_mm/default", "qwen3-30b-a3b", 512, False, None),
+        ("moe_rewrite/batched_mm/default", "qwen3-30b-a3b", 4096, False, "above 512 tokens"),
+        ("moe_rewrite/batched_mm/default", "qwen3-30b-a3b", 64, True, None),
+        ("moe_rewrite/batched_mm/default", "qwen3-30b-a3b", 512, True, "gradient of every pair's weights"),
+        ("transformers/eager/plain", "deepseek-v3", 16384, False, None),
+        ("transformers/eager/plain", "qwen3-30b-a3b", 16384, True, None),
+        ("transformers/eager/plain", "deepseek-v3", 512, True, "gradient of all weights for every expert"),
+        ("moe_rewrite/auto/default", "deepseek-v3", 16384, True, None),
     ],
 )
-def test_left_out(name, tokens, backward, said):
-    variant = variants.Variant(*name.split("/"))
-    shape = SHAPES["qwen3-30b-a3b"]
-    why = variants.left_out(variant, tokens, tokens * 8, shape.expert_bytes, backward, memory=100e9)
+def test_left_out(name, shape, tokens, backward, said):
+    (point,) = make_stages([shape], [tokens], ["backward" if backward else "forward"], 0)[0]
+    why = variants.left_out(variants.Variant(*name.split("/")), point.work, memory=100e9)
     assert (why is None) if said is None else (why is not None and said in why)
 
 

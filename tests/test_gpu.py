@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from moe_rewrite.benchmark.measure import Replay
+from moe_rewrite.benchmark.points import Experts
+from moe_rewrite.benchmark.shapes import SHAPES, ExpertsInputs
+from moe_rewrite.benchmark.variants import Variant
 from moe_rewrite.lower import grouped_product as grouped
 from moe_rewrite.lower.rows_mm import DTYPES
 
@@ -231,6 +235,21 @@ def test_parts_of_a_model_on_one_stream_and_another():
             result = run(*arguments)
         stream.synchronize()
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_replay_of_the_benchmark(backward):
+    """What it times computes its own inputs' results, those of each replay anew, and takes time."""
+    device, shape = torch.device("cuda"), SHAPES["tiny"]
+    inputs = [ExpertsInputs.random(shape, TOKENS, backward, device) for _ in range(2)]
+    experts = Experts(shape.build(device), backward)
+    run = Variant("moe_rewrite", "grouped_mm", "default").prepare(experts.module)
+    replay = Replay(
+        lambda given: experts.call(run, given), inputs, torch.empty(1 << 20, dtype=torch.int8, device=device)
+    )
+    for given in (*inputs, inputs[0]):
+        assert replay.time() > 0
+        torch.testing.assert_close(replay.results, experts.call(run, given))
 
 
 @pytest.mark.parametrize("given", modes.cases("cuda"), ids=str)

@@ -1,6 +1,6 @@
 """The benchmark's command line.
 
-python -m moe_rewrite.benchmark experts --tiny            # a trial on a CPU, in a minute or two
+python -m moe_rewrite.benchmark experts --tiny            # a trial on a CPU
 python -m moe_rewrite.benchmark experts --output results  # the experts module alone, in the shapes of five models
 python -m moe_rewrite.benchmark model --output results    # a whole model
 python -m moe_rewrite.benchmark compile --output results  # how long the first call takes
@@ -144,7 +144,7 @@ def run_compile(args: argparse.Namespace) -> None:
     given = settings(args, [DEFAULT])
     if PLAIN in given.modes:
         raise SystemExit("error: the part compile has no mode 'plain'")
-    defaults = (2, 64, 32) if args.tiny else (4, 2048, 1408)
+    defaults = (1, 64, 32) if args.tiny else (4, 2048, 1408)
     given_sizes = (args.layers, args.hidden, args.intermediate)
     sizes = [own or default for own, default in zip(given_sizes, defaults, strict=True)]
     numbers = args.experts or (compile_time.NUM_EXPERTS[:2] if args.tiny else compile_time.NUM_EXPERTS)

@@ -80,11 +80,11 @@ def _jobs(settings: Settings, point: Point, variants: Sequence[Variant]) -> list
     chosen: dict[str, list[Variant]] = {}
     gathered = 0
     for v in variants:
-        out = left_out(v, point.tokens, point.pairs, shape.expert_bytes, point.backward, memory)
+        out = left_out(v, point.work, memory)
         if v.mode == PLAIN or out is not None:
             continue
         if v.experts == "batched_mm" and v.provider == THEIRS:
-            gathered = point.pairs * shape.expert_bytes
+            gathered = point.work.gathered_bytes
         chosen.setdefault(v.mode, []).append(v)
     needed = shape.num_experts * shape.expert_bytes * (2 if point.backward else 1)
     needed += gathered + 64 * point.pairs * (shape.hidden + shape.intermediate)
@@ -142,8 +142,7 @@ class PointBenchmark:
         return torch.cuda.memory_reserved(self.device) / 2**30 if measure.on_gpu(self.device) else 0.0
 
     def _variant(self, variant: Variant) -> Row:
-        point, memory = self.point, measure.device_memory(self.device)
-        why = left_out(variant, point.tokens, point.pairs, point.shape.expert_bytes, point.backward, memory)
+        why = left_out(variant, self.point.work, measure.device_memory(self.device))
         row = {"left_out": why} if why is not None else output.guarded(lambda: self._measure(variant))
         measure.release(self.device)
         return row

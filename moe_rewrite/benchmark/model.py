@@ -16,7 +16,7 @@ from moe_rewrite.benchmark.measure import Row
 from moe_rewrite.benchmark.reference import relative_error
 from moe_rewrite.benchmark.settings import Settings
 from moe_rewrite.benchmark.shapes import DTYPE
-from moe_rewrite.benchmark.variants import PLAIN, THEIRS, Variant, left_out, make_variants
+from moe_rewrite.benchmark.variants import PLAIN, THEIRS, Variant, Work, left_out, make_variants
 from moe_rewrite.lower import EAGER
 
 PART = "model"
@@ -184,10 +184,10 @@ def _jobs(settings: Settings, labels: Sequence[str], layers: int | None, variant
 
 
 def _measure(case: Case, variant: Variant, settings: Settings, reference: Tensor) -> Row:
-    config, memory = case.model.config, measure.device_memory(settings.device)
+    config = case.model.config
     expert_bytes = 3 * config.hidden_size * config.moe_intermediate_size * DTYPE.itemsize
-    pairs = case.tokens * config.num_experts_per_tok
-    why = left_out(variant, case.tokens, pairs, expert_bytes, False, memory)
+    work = Work(case.tokens, config.num_experts_per_tok, config.num_experts, expert_bytes)
+    why = left_out(variant, work, measure.device_memory(settings.device))
     if why is not None:
         return {"left_out": why}
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_rewrite.benchmark.measure import Row
 from moe_rewrite.benchmark.shapes import SHAPES, ExpertsInputs, ExpertsShape
+from moe_rewrite.benchmark.variants import Work
 
 PART = "experts"
 STAGES = ((16, 64, 512, 1, 4), (4096, 16384))
@@ -31,6 +32,11 @@ class Point:
     @property
     def pairs(self) -> int:
         return self.tokens * self.shape.top_k
+
+    @property
+    def work(self) -> Work:
+        shape = self.shape
+        return Work(self.tokens, shape.top_k, shape.num_experts, shape.expert_bytes, self.backward)
 
     def row(self) -> Row:
         return {

@@ -18,6 +18,7 @@ TUNED = "max-autotune-no-cudagraphs"
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes in which inductor captures CUDA graphs itself."""
 MAX_BATCHED_TOKENS, MAX_BATCHED_BACKWARD_TOKENS = 512, 64
+MAX_EAGER_GRADIENT_BYTES = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,26 +88,49 @@ def make_variants(modes: Sequence[str], patterns: Sequence[str] | None = None) -
     return [variant for variant in found if variant.matches(patterns)]
 
 
-def left_out(
-    variant: Variant, tokens: int, pairs: int, expert_bytes: int, backward: bool, memory: float | None
-) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much one call has to do.
+
+    Attributes:
+        tokens: tokens of the call.
+        top_k: experts of a token.
+        num_experts: experts of a layer.
+        expert_bytes: bytes of the weights of one expert.
+        backward: whether gradients are computed too.
+    """
+
+    tokens: int
+    top_k: int
+    num_experts: int
+    expert_bytes: int
+    backward: bool = False
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the weights of every (token, expert) pair."""
+        return self.tokens * self.top_k * self.expert_bytes
+
+
+def left_out(variant: Variant, work: Work, memory: float | None) -> str | None:
     """Why a variant is not run at this size, or None where it is.
 
     Args:
         variant: the variant.
-        tokens: tokens of a call.
-        pairs: (token, expert) pairs of a call.
-        expert_bytes: bytes of the weights of one expert.
-        backward: whether gradients are computed too.
+        work: how much a call has to do.
         memory: bytes of the device's memory; None where they are not known.
     """
+    if variant.experts == EAGER and work.backward:
+        written = work.num_experts**2 * work.expert_bytes
+        if written > MAX_EAGER_GRADIENT_BYTES:
+            return f"the loop's backward writes a gradient of all weights for every expert, {written / 1e9:.0f} GB"
     if variant.experts != "batched_mm":
         return None
-    reads = pairs * expert_bytes
-    if backward and tokens > MAX_BATCHED_BACKWARD_TOKENS:
-        return f"backward of batched_mm may write the gradient of every pair's weights, {reads / 1e9:.0f} GB"
-    if tokens > MAX_BATCHED_TOKENS:
-        return f"above {MAX_BATCHED_TOKENS} tokens: batched_mm reads the weights of every pair, {reads / 1e9:.0f} GB"
-    if variant.provider == THEIRS and memory is not None and reads > memory / 3:
-        return f"the copy of every pair's weights, {reads / 1e9:.0f} GB, is more than a third of the device's memory"
+    gathered = f"{work.gathered_bytes / 1e9:.0f} GB"
+    if work.backward and work.tokens > MAX_BATCHED_BACKWARD_TOKENS:
+        return f"backward of batched_mm may write the gradient of every pair's weights, {gathered}"
+    if work.tokens > MAX_BATCHED_TOKENS:
+        return f"above {MAX_BATCHED_TOKENS} tokens: batched_mm reads the weights of every pair, {gathered}"
+    if variant.provider == THEIRS and memory is not None and work.gathered_bytes > memory / 3:
+        return f"the copy of every pair's weights, {gathered}, is more than a third of the device's memory"
     return None
