@@ -386,6 +386,20 @@ def test_lines_that_were_cut_off(tmp_path):
     assert [found["ms"] for found in output.read_rows([tmp_path], "experts")] == [2.0]
 
 
+def test_rows_of_several_runs(monkeypatch, tmp_path, capsys):
+    """They are compared with each other, whatever they were compared with before."""
+    for name, chosen in {"one": MADE_UP[:2], "other": MADE_UP[2:5]}.items():
+        for each in chosen:
+            output.Recorder(tmp_path / name, "experts").write("row", {**each, "floor_ms": 0.5, "of_best": 7.0})
+    run(monkeypatch, "summary", str(tmp_path / "one"), str(tmp_path / "other"))
+    printed = capsys.readouterr().out
+    heads, _, *rows = printed_rows(printed)[:7]
+    found = {cells[1]: (cells[heads.index("of_best")], cells[heads.index("of_floor")]) for cells in rows}
+    assert found["moe_rewrite/auto/default"] == ("0.500", "2.000")
+    assert found["transformers/grouped_mm/default"] == ("2.000", "8.000")
+    assert "2.000x faster (geometric mean of 1 points)" in printed
+
+
 def test_reasons():
     """Of a refused loop our reason, of other errors the first line; a bar does not end a cell."""
     refused = (

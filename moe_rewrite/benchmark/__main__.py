@@ -120,7 +120,7 @@ def settings(args: argparse.Namespace, modes: list[str]) -> Settings:
 
 
 def run_experts(args: argparse.Namespace) -> None:
-    given = settings(args, [DEFAULT, TUNED, PLAIN])
+    given = settings(args, [DEFAULT, PLAIN, TUNED])
     shapes = args.shapes or (TINY if args.tiny else REAL)
     tokens = args.tokens or (TINY_TOKENS if args.tiny else TOKENS)
     least = MIN_BACKWARD_TOKENS if args.tokens is None and not args.tiny else 0
@@ -135,7 +135,7 @@ def run_experts(args: argparse.Namespace) -> None:
 
 
 def run_model(args: argparse.Namespace) -> None:
-    given = settings(args, ["reduce-overhead", DEFAULT, TUNED, PLAIN])
+    given = settings(args, ["reduce-overhead", DEFAULT, PLAIN, TUNED])
     labels = args.shapes or (model.TINY_CASES if args.tiny else model.CASES)
     (model.compile_only if args.compile_only else model.run)(given, labels, args.layers)
 
@@ -160,9 +160,10 @@ def run_summary(args: argparse.Namespace) -> None:
     for part, (columns, summarise) in parts.items():
         rows = output.read_rows(args.results, part)
         if rows:
-            cases = list(summary.points(rows))
-            ordered = sorted(rows, key=lambda row: cases.index(row["case"]))
-            lines = [output.line(row, columns) for row in ordered]
+            cases = summary.points(rows)
+            for of_case in cases.values() if part == points.PART else ():
+                experts.compare(of_case)  # anew: they may come from several runs
+            lines = [output.line(row, columns) for of_case in cases.values() for row in of_case]
             output.say("\n".join([f"{part}\n", output.header(columns), *lines]))
             output.say(f"\n{summarise(rows)[0]}\n")
 

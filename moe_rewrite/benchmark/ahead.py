@@ -74,7 +74,7 @@ def compile_ahead(settings: Settings, part: str, jobs: Sequence[Job]) -> dict[tu
         return {}
     compiler.share_triton_cache()
     gate = MemoryGate(0.8 * (measure.device_memory(settings.device) or float("inf")))
-    deadline = time.perf_counter() + settings.ahead_seconds
+    deadline = time.perf_counter() + min(settings.ahead_seconds, settings.budget.left)
     threads = max(1, (os.cpu_count() or 1) // settings.workers)
     seconds: dict[tuple[str, Variant], float] = {}
 

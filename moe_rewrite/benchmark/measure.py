@@ -43,8 +43,12 @@ class Budget:
         return time.perf_counter() - self.start
 
     @property
+    def left(self) -> float:
+        return self.seconds - self.elapsed
+
+    @property
     def spent(self) -> bool:
-        return self.elapsed >= self.seconds
+        return self.left <= 0
 
 
 def on_gpu(device: torch.device) -> bool:

@@ -75,16 +75,17 @@ def our_experts() -> list[str]:
 
 
 def make_variants(modes: Sequence[str], patterns: Sequence[str] | None = None) -> list[Variant]:
-    """All variants of ``modes`` whose names match one of ``patterns``, the most important first.
+    """All variants of ``modes``, mode by mode, whose names match one of ``patterns``.
 
     Peers stand beside ours, so that a run that is cut off has compared something.
     """
-    found = []
-    for mode in [mode for mode in modes if mode != PLAIN]:
+    found: list[Variant] = []
+    for mode in modes:
+        if mode == PLAIN:
+            found += [Variant(THEIRS, experts, PLAIN) for experts in ("grouped_mm", "batched_mm", EAGER)]
+            continue
         found += [Variant(THEIRS, "grouped_mm", mode), *(Variant(OURS, name, mode) for name in our_experts())]
         found.append(Variant(THEIRS, "batched_mm", mode))
-    if PLAIN in modes:
-        found += [Variant(THEIRS, experts, PLAIN) for experts in ("grouped_mm", "batched_mm", EAGER)]
     return [variant for variant in found if variant.matches(patterns)]
 
 
