@@ -25,7 +25,7 @@ TESTED_TORCH = ("2.11", "2.13")
 
 try:
     from moe_rewrite.capture import dynamo, frames
-    from moe_rewrite.capture.modules import with_tables, writes_into
+    from moe_rewrite.capture.modules import writes_into
 
     _unavailable = ""
 except (ImportError, AttributeError) as _error:  # torch moved its private parts
@@ -62,7 +62,7 @@ def moe_rewrite(
     if refused and capture is None:
         session.refused(refused)
         raise LoopRefused(refused)
-    if capture is not None and writes_into(gm, capture.tables):
+    if capture is not None and writes_into(gm, capture.tables.values()):
         refused = [plan.report.refused(_WRITTEN) for plan in plans if plan.report is not None]
     if refused and capture is not None:
         capture.give_up(refused)
@@ -76,8 +76,7 @@ def moe_rewrite(
     if capture is not None and capture.widened and not refused and _has_unknown_sizes_of_its_own(gm):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
     session.rewritten(reports)
-    compiled = compile_inner(gm, example_inputs, parsed)
-    return compiled if capture is None else with_tables(gm, capture.tables, compiled)
+    return compile_inner(gm, example_inputs, parsed)
 
 
 _WRITTEN = "the graph writes into a parameter of the experts"

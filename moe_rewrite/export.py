@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from moe_rewrite.backend import Memory, moe_rewrite
 from moe_rewrite.capture import dynamo, frames
+from moe_rewrite.capture.modules import TableInput
 from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.explain import model_and_options
@@ -152,12 +153,12 @@ class _Attributes:
             gm.graph.erase_node(node)
         return cls({node: name for name, node in inputs.items()})
 
-    def put_back(self, gm: fx.GraphModule, tables: Mapping[int, tuple[Any, str]], names: Mapping[int, str]) -> None:
+    def put_back(self, gm: fx.GraphModule, tables: Mapping[int, TableInput], names: Mapping[int, str]) -> None:
         """Make them attributes again; a table of parameters becomes what stacks them.
 
         Args:
             gm: the graph.
-            tables: the pack and the name of each table, by the id of its tensor.
+            tables: the tables of parameters, by the ids of their tensors.
             names: the names of the model's parameters and buffers, by their ids.
         """
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
@@ -169,7 +170,7 @@ class _Attributes:
                     value = gm.graph.get_attr(name)
                     value.meta = meta
                 else:
-                    value = _stacked(gm, table[0].members(table[1]), names)
+                    value = _stacked(gm, table.members, names)
                     value.meta = meta
                     delattr(gm, name)
             node.replace_all_uses_with(value)

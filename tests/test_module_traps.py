@@ -808,7 +808,6 @@ def test_one_graph_as_stock_dynamo_makes_one(trap: Trap) -> None:
     assert_same(observe(compiled(model, fullgraph=True), model, inputs()), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="modules have guards of their own, and Dynamo compiles a function eight times")
 def test_more_modules_than_dynamo_compiles_a_function() -> None:
     """Layers of one class, each compiled by itself, are one compilation to stock Dynamo."""
     layers = nn.ModuleList(Block(Trap(by_index)) for _ in range(torch._dynamo.config.recompile_limit + 1))

@@ -6,12 +6,15 @@ The rest is in ``dynamo.py``; the same holds here: private API, each use with th
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.bytecode_transformation import create_call_function
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.polyfills import builtins as builtins_polyfill
 from torch._dynamo.source import GenericAttrSource, GlobalSource
@@ -23,15 +26,20 @@ from torch._dynamo.variables import (
     UnspecializedNNModuleVariable,
 )
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
-from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.builder import GraphArg, wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable, ZipVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVariable
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
-from torch._guards import Guard
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch._guards import ChainedSource, Guard
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 
 from moe_rewrite import markers
 from moe_rewrite.nodes import rows_of, shares_memory
@@ -198,19 +206,66 @@ def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
 def global_variable(tx: Any, prefix: str, value: Any) -> Any:
     """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13.
 
-    The shape of a tensor is that of a parameter: not dynamic. The name is the same in the next process, as the key of
-    AOTAutograd's cache holds the sources of a graph's inputs. Dynamo's ``install_global_by_id`` uses the address.
+    The shape of a tensor is that of a parameter: not dynamic.
     """
     if isinstance(value, torch.Tensor):
         value._dynamo_static_indices = set(range(value.dim()))  # type: ignore[attr-defined]  # as `mark_static` sets it
-    output = tx.output
-    names = vars(output).setdefault("_moe_rewrite_globals", {})
+    return VariableTracker.build(tx, value, GlobalSource(_global_name(tx.output, prefix, value))).realize()
+
+
+def _global_name(output: Any, prefix: str, value: Any) -> str:
+    """What the global is called that holds an object for the code that is compiled. torch 2.11, 2.13.
+
+    The name is the same in the next process, as the key of AOTAutograd's cache holds the sources of a graph's inputs.
+    Dynamo's ``install_global_by_id`` uses the address.
+    """
+    names: dict[int, str] = vars(output).setdefault("_moe_rewrite_globals", {})
     if id(value) not in names:
         possible = (f"{prefix}_{number}_c{output.compile_id}" for number in itertools.count())
         names[id(value)] = next(name for name in possible if name not in output.global_scope)
         output.install_global_unsafe(names[id(value)], value)
-    name = names[id(value)]
-    return VariableTracker.build(tx, value, GlobalSource(name)).realize()
+    return names[id(value)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSource(ChainedSource):  # type: ignore[misc]
+    """Where the compiled code gets a tensor: from a function among its globals, by an object and a name.
+
+    So one compiled function gets the tensors of each object that it is called for. There are no guards on such a
+    source. torch 2.11, 2.13.
+    """
+
+    function: str
+    member: str
+
+    def reconstruct(self, codegen: Any) -> None:
+        codegen.add_push_null(lambda: codegen.append_output(codegen.create_load_global(self.function, add=True)))
+        codegen(self.base)
+        codegen.append_output(codegen.create_load_const(self.member))
+        codegen.extend_output(create_call_function(2, False))
+
+    @property
+    def _name_template(self) -> str:
+        return f"G[{self.function!r}]({{0}}, {self.member!r})"
+
+
+def input_from(tx: Any, base: Any, function: Any, name: str, example: torch.Tensor, is_static: bool) -> Any:
+    """An input of the graph that is ``function(object at base, name)`` at each call. torch 2.11, 2.13.
+
+    Args:
+        base: the source of the object.
+        example: the tensor for the call that is traced. All that come later must look like it; no guard checks that.
+        is_static: whether it is in the same memory at each call for the same object, as a parameter is.
+    """
+    source = TableSource(base, _global_name(tx.output, "moe_rewrite_tables", function), name)
+    sizes = StatelessSymbolicContext([DimDynamic.STATIC] * example.dim())
+    fake = tx.fake_mode.from_tensor(example, source=source, symbolic_context=sizes)
+    label = re.sub(r"[^a-zA-Z0-9]+", "_", f"moe_rewrite_table_{name}")
+    proxy = tx.output.root_tracer.create_graph_input(label, type(example), fake, source=source)
+    variable = wrap_fx_proxy(tx, proxy, example_value=fake, source=source)
+    proxy.node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if is_static else {}
+    proxy.node.meta["grapharg"] = GraphArg(source, example, False, fake)
+    return variable
 
 
 def stand_in(tx: Any, value: torch.Tensor, variable: Any) -> None:

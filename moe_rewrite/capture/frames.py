@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from moe_rewrite.capture import dynamo, dynamo_modules, static
 from moe_rewrite.capture.index import ExpertIndexVariable, subscript, truth
 from moe_rewrite.capture.lists import CollectingList, CountOfPieces, concatenated, rows_of_all
-from moe_rewrite.capture.modules import pick
+from moe_rewrite.capture.modules import TableInput, Tables, pick
 from moe_rewrite.capture.numbers import (
     NumbersOfTensor,
     PositionsAsList,
@@ -51,6 +51,7 @@ class FrameCapture:
         loops: the loops whose body is being traced.
         rolled: all loops that were rolled, by path and location.
         tables: the tables of parameters that the graph reads, by the ids of their tensors.
+        containers: the tables of the experts in a container, by its source and the keys of the experts.
         templates: how many templates of each pack were traced, by its id.
     """
 
@@ -63,7 +64,8 @@ class FrameCapture:
     deferred: bool = False
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
     rolled: dict[tuple[str, str], RolledIterator] = dataclasses.field(default_factory=dict)
-    tables: dict[int, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    tables: dict[int, TableInput] = dataclasses.field(default_factory=dict)
+    containers: dict[tuple[Any, tuple[str, ...]], Tables] = dataclasses.field(default_factory=dict)
     templates: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
@@ -139,11 +141,27 @@ class FrameCapture:
         self.templates[id(pack)] = number + 1
         return number
 
-    def table(self, tx: Any, pack: Any, name: str) -> Any:
+    def tables_of(self, source: Any, keys: tuple[str, ...], pack: Any) -> Tables:
+        """The tables of the experts in the container at ``source``, guarded on."""
+        if (source, keys) not in self.containers:
+            tables = self.containers[source, keys] = Tables(source, keys, pack)
+            dynamo_modules.guard_on(source, tables.serve, "the experts' modules and parameters")
+        return self.containers[source, keys]
+
+    def table(self, tx: Any, given: Tables, name: str) -> Any:
         """The variable of the table that holds the alike modules' parameters called ``name``."""
-        tensor = pack.table(name)
-        self.tables[id(tensor)] = pack, name
-        return dynamo_modules.global_variable(tx, "moe_rewrite_table", tensor)
+        tensor = given.pack.table(name)
+        if id(tensor) not in self.tables:
+            if dynamo.is_exported(tx):  # one model, whose parameters are attributes of the graph's module
+                variable = dynamo_modules.global_variable(tx, "moe_rewrite_table", tensor)
+            else:
+                variable = dynamo_modules.input_from(tx, given.source, given.read, name, tensor, given.pack.is_in_place)
+            self.tables[id(tensor)] = TableInput(given, name, variable)
+        found = self.tables[id(tensor)]
+        if found.given is not given:
+            found.given.serve_no_other()
+            given.serve_no_other()
+        return found.variable
 
 
 def current() -> FrameCapture | None:
@@ -197,6 +215,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
             capture.restart_as_stock([Refusal(session.base_path, dynamo.user_location(tx), reason)])
         finally:
             _active.capture = outer
+            for table in capture.tables.values():
+                table.given.pack.release()
 
     dynamo.wrap_method(dynamo.InstructionTranslator, "run", run_frame)
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)

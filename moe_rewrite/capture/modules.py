@@ -7,13 +7,16 @@ of the modules, whose parameters are ``moe_rewrite.select(table, 0, index)``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11 and 2.13
 
 from moe_rewrite import markers, packing
 from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.nodes import is_written_to
 
 _PICKING = ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index")
@@ -79,19 +82,76 @@ class ExpertModules:
             pack = packing.pack(self.modules, copy=getattr(loop.frame.session.options, "pack", True))
         except packing.NotAlike as error:
             loop.refuse(f"the experts are modules that are not alike: {error}", tx)
-        dynamo_modules.guard_on(self.source, _unchanged(pack, self.keys), "the experts' modules and parameters")
+        tables = loop.frame.tables_of(self.source, self.keys, pack)
         if id(pack) not in path.templates:
             module = pack.template_of(loop.frame.next_template(pack))
-            path.templates[id(pack)] = Template.start(tx, loop, pack, module, self.modules)
+            path.templates[id(pack)] = Template.start(tx, loop, tables, module, self.modules)
         return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, path.templates[id(pack)].module)
 
 
-def _unchanged(pack: Any, keys: tuple[str, ...]) -> Callable[[Any], bool]:
-    def unchanged(container: nn.Module) -> bool:
-        modules = container._modules
-        return all(key in modules for key in keys) and bool(pack.unchanged([modules[key] for key in keys]))
+class Tables:
+    """The tables of the experts in a container, for code that was traced for one container and serves others.
 
-    return unchanged
+    Dynamo compiles a function once for many modules of a class. The guard asks :meth:`serve` for each of them, and the
+    bytecode then gets the tables of that module by calling :attr:`read`.
+
+    Attributes:
+        source: where the traced code finds the container.
+        pack: the experts that were traced.
+        read: :meth:`_read`, without Dynamo looking into it. One object, as it is found by its identity.
+
+    Args:
+        keys: the keys of the experts in the container, by index.
+    """
+
+    def __init__(self, source: Any, keys: tuple[str, ...], pack: packing.Pack) -> None:
+        self.source = source
+        self.pack = pack
+        self.read = torch.compiler.disable(self._read)
+        self._keys = keys
+        self._all_keys: tuple[str, ...] | None = None  # of all that is in the container, as the guard first saw it
+        self._structure = pack.structure
+        self._only: packing.Pack | None = None
+        # Once a table is read, the next call has to ask again.
+        self._served: MutableMapping[nn.Module, tuple[packing.Pack, set[str]]] = WeakIdKeyDictionary()
+
+    def serve(self, container: nn.Module) -> bool:
+        """Whether the code serves the experts in ``container``. They are packed if they are not."""
+        self._served.pop(container, None)
+        modules = container._modules
+        all_keys = tuple(modules)
+        if self._all_keys not in (None, all_keys):
+            return False
+        experts = [modules.get(key) for key in self._keys]
+        if any(expert is None for expert in experts):
+            return False
+        pack = packing.pack_of(experts, self._structure)  # type: ignore[arg-type]
+        is_other = pack is not self.pack and (self._all_keys is None or self._only is not None)
+        if pack is None or is_other:
+            return False
+        self._all_keys = all_keys
+        self._served[container] = pack, set()
+        return True
+
+    def serve_no_other(self) -> None:
+        """Serve the experts that were traced alone: the traced code finds them in another place, too."""
+        self._only = self.pack
+
+    def _read(self, container: nn.Module, name: str) -> Tensor:
+        """``[E, ...]``: what a call of the compiled code gets for the table of ``name``.
+
+        Dynamo runs the guards before each call. Where it does not (it can be told to pass over them), this does.
+
+        Raises:
+            MoeRewriteError: the experts are no longer what the code was compiled for.
+        """
+        pack, names_read = self._served.get(container, (None, ()))
+        if pack is None or name in names_read:
+            if not self.serve(container):
+                raise MoeRewriteError("the experts are no longer those that this code was compiled for")
+            pack, names_read = self._served[container]
+        names_read.add(name)  # type: ignore[union-attr]
+        return pack.inputs(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +171,11 @@ class Template:
     is_mixed: bool
 
     @classmethod
-    def start(cls, tx: Any, loop: Any, pack: Any, template: nn.Module, modules: Sequence[nn.Module]) -> Template:
+    def start(cls, tx: Any, loop: Any, given: Tables, template: nn.Module, modules: Sequence[nn.Module]) -> Template:
         index = loop.path.index.as_scalar(tx).as_tensor()
         tensors = []
-        for name in pack.names:
-            table = loop.frame.table(tx, pack, name)
+        for name in given.pack.names:
+            table = loop.frame.table(tx, given, name)
             module_name, _, tensor_name = name.rpartition(".")
             tensor = getattr(template.get_submodule(module_name), tensor_name)
             selected = dynamo.call_in_graph(tx, markers.select, [table, 0, index])
@@ -145,30 +205,22 @@ def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     return loop.refuse("the expert's index picks from something that is no plain container of modules", tx)
 
 
-def writes_into(gm: fx.GraphModule, tables: dict[int, tuple[Any, str]]) -> bool:
+@dataclasses.dataclass(frozen=True)
+class TableInput:
+    """A table that the graph reads: the one called ``name`` of those that are ``given`` at each call."""
+
+    given: Tables
+    name: str
+    variable: Any
+
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """Each expert's own tensor, of those that were traced."""
+        return self.given.pack.members(self.name)
+
+
+def writes_into(gm: fx.GraphModule, tables: Iterable[TableInput]) -> bool:
     """Whether the graph writes into a row of one of ``tables``: it would read the table as it was before."""
-    rows = {id(row) for pack, name in tables.values() for row in pack.members(name)}
+    rows = {id(row) for table in tables for row in table.members}
     inputs = gm.graph.find_nodes(op="placeholder")
     return any(id(dynamo_modules.graph_input(node)) in rows and is_written_to(node) for node in inputs)
-
-
-def with_tables(gm: fx.GraphModule, tables: dict[int, tuple[Any, str]], compiled: Callable[..., Any]) -> Any:
-    """``compiled``, called with tables whose gradient flows to the parameters they hold.
-
-    Args:
-        gm: the graph that was compiled.
-        tables: the pack and the name of each table, by the id of its tensor.
-        compiled: the compiled function of the graph's inputs.
-    """
-    given = [dynamo_modules.graph_input(node) for node in gm.graph.find_nodes(op="placeholder")]
-    places = [(place, *tables[id(tensor)]) for place, tensor in enumerate(given) if id(tensor) in tables]
-    if not places:
-        return compiled
-
-    def run(*inputs: Any) -> Any:
-        filled = list(inputs)
-        for place, pack, name in places:
-            filled[place] = pack.inputs(name)
-        return compiled(*filled)
-
-    return run

@@ -195,7 +195,12 @@ def _check_tensor(tensor: Any, place: str, is_parameter: bool) -> None:
         raise NotAlike(f"{place} was made in inference mode")
 
 
-def _compare(first: Anatomy, other: Anatomy, place: str) -> None:
+def compare_modules(first: Anatomy, other: Anatomy, place: str) -> None:
+    """Compare all but the tensors.
+
+    Raises:
+        NotAlike: they differ.
+    """
     if other.paths != first.paths or other.children != first.children:
         mine, theirs = _leaves(other), _leaves(first)
         extra = sorted(mine ^ theirs)
@@ -203,6 +208,10 @@ def _compare(first: Anatomy, other: Anatomy, place: str) -> None:
         raise NotAlike(f"{place} is built in another way than experts[0]: {what}")
     for path, mine, theirs in zip(first.paths, other.modules, first.modules, strict=True):
         _compare_modules(mine, theirs, join(place, path), join("experts[0]", path))
+
+
+def _compare(first: Anatomy, other: Anatomy, place: str) -> None:
+    compare_modules(first, other, place)
     for name, tensor in other.tensors.items():
         _compare_tensors(tensor, first.tensors[name], join(place, name), join("experts[0]", name))
 

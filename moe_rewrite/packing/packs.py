@@ -12,7 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_rewrite.errors import MoeRewriteError
-from moe_rewrite.packing.alike import INTERNAL, Anatomy, anatomies, copied, is_unreal, join, tensor_attributes
+from moe_rewrite.packing.alike import (
+    INTERNAL,
+    Anatomy,
+    NotAlike,
+    anatomies,
+    copied,
+    is_unreal,
+    join,
+    tensor_attributes,
+)
+from moe_rewrite.packing.structure import Structure, TableSpec
 from moe_rewrite.packing.table import Table, check_memory, ordinary_tensors
 from moe_rewrite.packing.watch import ModulesWatch, TensorsWatch
 
@@ -20,6 +30,9 @@ log = logging.getLogger("moe_rewrite")
 
 _packs: weakref.WeakKeyDictionary[nn.Module, list[Pack]] = weakref.WeakKeyDictionary()
 """The packs of the experts that begin with a module, the latest last. Packs do not keep that module."""
+
+_refused: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The first of those experts that :func:`pack_of` could not pack."""
 
 _MOST_PACKS = 8
 """How many packs of one list of experts are remembered. As many as Dynamo compiles a function by default."""
@@ -57,6 +70,30 @@ def pack(modules: Sequence[nn.Module], *, copy: bool = True) -> Pack:
         return made
 
 
+def pack_of(modules: Sequence[nn.Module], structure: Structure) -> Pack | None:
+    """The pack of these experts if they are of a structure; None where they are not.
+
+    Experts that are not packed yet are packed, so that code which was traced for others can serve them. Those that once
+    could not be packed are not tried again.
+    """
+    if not structure.may_be_of(modules):
+        return None
+    first = modules[0]
+    with _lock:
+        for known in reversed(_packs.get(first, [])):
+            if known.structure is structure and known.unchanged(modules):
+                return known
+        if first in _refused:
+            return None
+        try:
+            found = pack(modules, copy=structure.copy)
+        except NotAlike:
+            _refused.add(first)
+            return None
+        found.release()
+        return found if found.structure is structure else None
+
+
 class Pack:
     """The tables of some experts. Made by :func:`pack`.
 
@@ -64,6 +101,7 @@ class Pack:
         template: a module built as the experts are, of the same classes and with the same attributes. Parameters and
             buffers are views of row 0 of the tables. They require a gradient where those of any expert do.
         names: the paths of parameters and buffers from an expert: ``"w1.weight"``.
+        structure: what code that was traced with a template depends on. Equal for alike experts, also of other packs.
         copy: as it was given to :func:`pack`.
         released: the tables are gone, for good.
     """
@@ -92,6 +130,8 @@ class Pack:
         with ordinary_tensors(self._unreal):
             self.template = _template(first, {name: self.table(name) for name in self.names})
         self._templates = [self.template]
+        specs = tuple(TableSpec.of(name, those) for name, those in members.items())
+        self.structure = Structure.shared(len(experts), copy, specs, anatomies([self.template])[0])
         self._modules_watch: ModulesWatch | None = ModulesWatch(experts)
         self._tensors_watch: TensorsWatch | None = TensorsWatch(
             [tensor for those in members.values() for tensor in those], may_move=not self._moves
@@ -161,6 +201,11 @@ class Pack:
                 return False
         self._give_up()
         return False
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the tables hold the parameters, so that their place in memory is the same at each call."""
+        return self._moves
 
     def release(self) -> None:
         """Let go of the memory that is only there to trace with, until :meth:`table` is called again.
