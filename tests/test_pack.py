@@ -524,6 +524,38 @@ def test_change_of_views_is_noticed(change: Callable[[nn.ModuleList], Any]) -> N
     assert not packed.unchanged(experts)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [lambda weight: weight[:3], lambda weight: weight.view(HIDDEN // 2, -1), lambda weight: weight.view(torch.int32)],
+    ids=["fewer rows", "other shape", "other dtype"],
+)
+def test_other_views_of_all_are_packed_anew(value: Callable[[Tensor], Tensor]) -> None:
+    """They begin where the rows of the table begin."""
+    experts = make(lambda: Expert(HIDDEN, HIDDEN))
+    experts.requires_grad_(False)
+    pack(experts)
+    for expert in experts:
+        expert.w1.weight.data = value(expert.w1.weight.data)  # type: ignore[union-attr, operator]
+    wanted = torch.stack([expert.w1.weight for expert in experts])  # type: ignore[union-attr, misc]
+    assert torch.equal(pack(experts).table("w1.weight"), wanted)
+
+
+def test_parameters_of_two_lists_of_modules_are_in_one_table() -> None:
+    """Else each pack would move them out of the other's."""
+    first, second = make(), make()
+    for mine, theirs in zip(first, second, strict=True):
+        theirs.w1.weight = mine.w1.weight  # type: ignore[union-attr]
+    packs = [pack(first), pack(second)]
+    assert packs[0].table("w1.weight") is packs[1].table("w1.weight")
+    assert packs[0].unchanged(first) and packs[1].unchanged(second)
+    before = values(second)
+    del first, mine
+    gc.collect()
+    assert packs[0].released
+    assert_same(values(second), before)
+    assert_tables_hold(pack(second), second)
+
+
 def train(experts: nn.ModuleList) -> None:
     optimiser = torch.optim.AdamW(experts.parameters())
     sum(expert(torch.ones(2, HIDDEN)).square().sum() for expert in experts).backward()  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -370,6 +371,29 @@ def test_experts_in_two_places(same: tuple[bool, ...]) -> None:
     eager, model, _ = layers_of(lambda i: Twice(same[i]))
     for _ in range(2):
         assert_equal(model, eager)
+
+
+@pytest.mark.parametrize("modules", [True, False], ids=["modules", "parameters"])
+def test_layers_that_have_the_same_experts(modules: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """What one layer is packed for leaves the table of the other where it is."""
+    first = Block(range_over_mask)
+
+    def make(i: int) -> Block:
+        block = Block(range_over_mask) if i else first
+        for number, expert in enumerate(first.experts):
+            if modules:
+                block.experts[number] = expert
+            else:
+                for path, parameter in expert.named_parameters():
+                    block.experts[number].get_submodule(path.partition(".")[0]).weight = parameter
+        return block
+
+    caplog.set_level(logging.INFO, logger="moe_rewrite")
+    eager, model, inner = layers_of(make)
+    for _ in range(3):
+        assert_equal(model, eager)
+    assert inner.graphs == 1
+    assert caplog.text.count("packed 4 experts") == 1
 
 
 def test_layers_that_are_gone_let_go_of_their_memory() -> None:

@@ -34,6 +34,9 @@ _packs: weakref.WeakKeyDictionary[nn.Module, list[Pack]] = weakref.WeakKeyDictio
 _refused: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The first of those experts that :func:`pack_of` could not pack."""
 
+_tables: weakref.WeakValueDictionary[tuple[int, ...], Table] = weakref.WeakValueDictionary()
+"""The tables that hold parameters, by the ids of those. Modules in two places may have the same parameters."""
+
 _MOST_PACKS = 8
 """How many packs of one list of experts are remembered. As many as Dynamo compiles a function by default."""
 
@@ -58,13 +61,10 @@ def pack(modules: Sequence[nn.Module], *, copy: bool = True) -> Pack:
     experts = list(modules)
     with _lock:
         if experts and isinstance(experts[0], nn.Module):
-            known = [before for before in _packs.get(experts[0], []) if before.copy == copy]
-            for before in reversed(known):
-                if before.unchanged(experts):
+            for before in reversed(_packs.get(experts[0], [])):
+                if before.copy == copy and before.unchanged(experts):
                     return before
-        else:
-            known = []
-        made = Pack(anatomies(experts), copy, {table for before in known for table in before.tables_held(experts)})
+        made = Pack(anatomies(experts), copy)
         others = [before for before in _packs.get(experts[0], []) if not before.released]
         _packs[experts[0]] = [*others[1 - _MOST_PACKS :], made]
         return made
@@ -106,7 +106,7 @@ class Pack:
         released: the tables are gone, for good.
     """
 
-    def __init__(self, experts: Sequence[Anatomy], copy: bool, earlier: set[Table]) -> None:
+    def __init__(self, experts: Sequence[Anatomy], copy: bool) -> None:
         first = experts[0]
         self.names = tuple(first.tensors)
         self.copy = copy
@@ -114,8 +114,8 @@ class Pack:
         members = {name: tuple(expert.tensors[name] for expert in experts) for name in self.names}
         self._unreal = any(map(is_unreal, first.tensors.values()))
         self._moves = copy and not self._unreal
-        known = {tuple(map(id, table.members)): table for table in earlier}
-        kept = {name: known[ids] for name, those in members.items() if (ids := tuple(map(id, those))) in known}
+        found = {name: _tables.get(tuple(map(id, those))) for name, those in members.items()} if self._moves else {}
+        kept = {name: table for name, table in found.items() if table is not None and table.fits()}
         if self._moves:
             check_memory(
                 {
@@ -126,6 +126,8 @@ class Pack:
                 }
             )
         self._tables = {name: kept.get(name) or Table(name, those, self._moves) for name, those in members.items()}
+        if self._moves:
+            _tables.update((tuple(map(id, table.members)), table) for table in self._tables.values())
         self._wants_grad = {name: any(t.requires_grad for t in those) for name, those in members.items()}
         with ordinary_tensors(self._unreal):
             self.template = _template(first, {name: self.table(name) for name in self.names})
@@ -139,14 +141,14 @@ class Pack:
         gone = functools.partial(_gone, weakref.ref(self))
         self._experts = [weakref.ref(expert.modules[0], gone) for expert in experts]
         self._ids = [id(expert.modules[0]) for expert in experts]
-        new = [table for table in self._tables.values() if table.packed and table.name not in kept]
+        new = {name: table for name, table in self._tables.items() if table.packed and name not in kept}
         if new:
             log.info(
                 "packed %d experts (%s): %s, %.1f MiB",
                 len(experts),
                 type(first.modules[0]).__name__,
-                ", ".join(table.name for table in new),
-                sum(table.nbytes for table in new) / 2**20,
+                ", ".join(new),
+                sum(table.nbytes for table in new.values()) / 2**20,
             )
 
     def template_of(self, number: int) -> nn.Module:
@@ -214,12 +216,6 @@ class Pack:
         """
         for table in self._tables.values():
             table.release()
-
-    def tables_held(self, modules: Sequence[nn.Module]) -> list[Table]:
-        """Those tables that hold these experts' parameters, as far as this pack knows."""
-        if not self._moves or self.released or list(map(id, modules)) != self._ids:
-            return []
-        return [table for table in self._tables.values() if table.holds()]
 
     def _table(self, name: str) -> Table:
         if name not in self._tables:

@@ -36,6 +36,7 @@ class Table:
         self.packed = packed
         self.released = False
         first = self.members[0]
+        self._looks = first.shape, first.dtype
         self._unreal = is_unreal(first)
         with ordinary_tensors(self._unreal):
             self._tensor = first.detach().new_empty((len(self.members), *first.shape))
@@ -64,6 +65,10 @@ class Table:
         if self.released:
             return False
         return self._pointers is None or list(map(Tensor.data_ptr, self.members)) == self._pointers
+
+    def fits(self) -> bool:
+        """The members, which are alike, are still the rows of the table and look like them."""
+        return self.holds() and (self.members[0].shape, self.members[0].dtype) == self._looks
 
     def leaf(self, requires_grad: bool) -> Tensor:
         """``[E, ...]``: the same object each time, with memory behind it unless the table was given up."""
