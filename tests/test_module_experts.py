@@ -235,6 +235,28 @@ def the_same_experts_twice(m, x, ids, weights):
     return enumerated_with_indexed_add(m, range_over_mask(m, x, ids, weights), ids, weights)
 
 
+@form
+def hits_that_pick_by_attribute(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[expert].squeeze(0))
+        layer = getattr(m.experts, f"expert_{expert[0]}")
+        out.index_add_(0, token, layer(x[token]) * weights[token, slot, None])
+    return out
+
+
+@form
+def range_that_picks_by_attribute(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for i in range(m.num_experts):
+        slot, token = torch.where(mask[i])
+        out.index_add_(0, token, getattr(m.experts, f"expert_{i}")(x[token]) * weights[token, slot, None])
+    return out
+
+
+BY_NAME += [hits_that_pick_by_attribute, range_that_picks_by_attribute]
+
+
 def inputs(tokens: int = TOKENS) -> Tensor:
     return torch.randn(tokens, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -453,6 +475,102 @@ def test_experts_that_are_not_alike(make: Callable[[int], nn.Module], loop: Loop
     eager, model = Block(loop, make), Block(loop, make)
     assert_same(run(compiled(model), model, inputs()), run(eager, eager, inputs()))
     assert "-> grouped_mm" not in log()
+
+
+def hits_that_pick_by_attribute_twice(m, x, ids, weights):
+    """One of the experts is asked for by a shorter list of names."""
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for i in range(m.num_experts):
+        slot, token = torch.where(mask[i])
+        y = x[token] if i == 3 else getattr(m.experts, f"expert_{i}")(x[token])
+        out.index_add_(0, token, getattr(m.experts, f"expert_{i}")(y) * weights[token, slot, None])
+    return out
+
+
+BY_NAME.append(hits_that_pick_by_attribute_twice)
+
+
+def _shadow(holder: Any) -> None:
+    vars(holder)["expert_1"] = lambda x: x * 3
+
+
+class Shadowing(nn.ModuleDict):
+    expert_1 = staticmethod(lambda x: x * 3)
+
+
+class OtherWay(nn.ModuleDict):
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__({"expert_1": "expert_2"}.get(name, name))
+
+
+def _becomes(cls: type) -> Callable[[Any], None]:
+    return lambda holder: setattr(holder, "__class__", cls)
+
+
+def _gap(holder: Any) -> None:
+    holder["expert_x"] = holder.pop("expert_1")
+    vars(holder)["expert_1"] = holder["expert_x"]
+
+
+SHADOWS = {
+    "in the dict": _shadow,
+    "by the class": _becomes(Shadowing),
+    "by another getattr": _becomes(OtherWay),
+    "a name with a gap": _gap,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "another layer"])
+@pytest.mark.parametrize("shadow", SHADOWS.values(), ids=SHADOWS)
+@pytest.mark.parametrize(
+    "loop",
+    [range_that_picks_by_attribute, hits_that_pick_by_attribute, hits_that_pick_by_attribute_twice],
+    ids=lambda loop: loop.__name__,
+)
+def test_attribute_before_an_expert(loop: Loop, shadow: Callable[[Any], None], when: str) -> None:
+    pairs = [(Block(loop), Block(loop)) for _ in range(2)]
+    if when == "before":
+        for module in pairs[0]:
+            shadow(module.experts)
+    for eager, model in pairs:
+        if when == "another layer" and model is pairs[1][1]:
+            for module in (eager, model):
+                shadow(module.experts)
+        model.compile(backend="moe_rewrite", options={"inner": "eager"})
+        assert_same(run(model, model, inputs()), run(eager, eager, inputs()))
+        if when == "after" and model is pairs[1][1]:
+            for module in (eager, model):
+                shadow(module.experts)
+        assert_same(run(model, model, inputs()), run(eager, eager, inputs()))
+
+
+def test_attributes_of_the_block_itself(log: Callable[[], str]) -> None:
+    class Flat(Block):
+        def __init__(self) -> None:
+            super().__init__(Flat.loop)
+            for i, expert in enumerate(self.experts):
+                self.add_module(f"expert_{i}", expert)
+            del self.experts
+
+        def loop(self, m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            raise AssertionError
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).softmax(-1).topk(K)
+            out = torch.zeros_like(x)
+            for i in range(self.num_experts):
+                token, slot = torch.where(ids == i)
+                out.index_add_(0, token, getattr(self, f"expert_{i}")(x[token]) * weights[token, slot, None])
+            return out
+
+    eager, model = Flat(), Flat()
+    fast = compiled(model, fullgraph=True)
+    assert_same(run(fast, model, inputs()), run(eager, eager, inputs()))
+    assert "-> grouped_mm" in log()
+    for module in (eager, model):
+        torch.manual_seed(4)
+        module.expert_2 = Expert().double()
+    assert_same(run(fast, model, inputs()), run(eager, eager, inputs()))
 
 
 def test_reason_for_experts_that_are_not_alike(log: Callable[[], str]) -> None:

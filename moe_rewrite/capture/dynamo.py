@@ -561,6 +561,17 @@ def wrap_opcodes(names: Callable[[str], bool], wrapper: Callable[..., Any]) -> N
             cls.dispatch_table[opcode] = handler
 
 
+def getattr_method() -> tuple[type, str]:
+    """What handles the builtin ``getattr``. torch 2.11 (the latter, of all arguments), 2.13 (the former, of a list)."""
+    own = getattr(torch._dynamo.variables.builtin, "GetAttrBuiltinVariable", None)
+    return (BuiltinVariable, "call_getattr") if own is None else (own, "call_function")
+
+
+def forget_handlers() -> None:
+    """Have Dynamo look again for what handles builtin functions: it keeps methods that it found. torch 2.11, 2.13."""
+    BuiltinVariable.call_function_handler_cache.clear()
+
+
 def wrap_method(cls: type | types.ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace ``cls.name`` by ``wrapper(original, self, *args)``; a second call with the same wrapper does nothing."""
     original = getattr(cls, name)

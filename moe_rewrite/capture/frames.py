@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from moe_rewrite.capture import dynamo, dynamo_modules, static
 from moe_rewrite.capture.index import ExpertIndexVariable, subscript, truth
 from moe_rewrite.capture.lists import CollectingList, CountOfPieces, concatenated, rows_of_all
-from moe_rewrite.capture.modules import TableInput, Tables, pick
+from moe_rewrite.capture.modules import ExpertModules, TableInput, Tables, pick, pick_attribute
 from moe_rewrite.capture.numbers import (
     NumbersOfTensor,
     PositionsAsList,
@@ -51,7 +51,7 @@ class FrameCapture:
         loops: the loops whose body is being traced.
         rolled: all loops that were rolled, by path and location.
         tables: the tables of parameters that the graph reads, by the ids of their tensors.
-        containers: the tables of the experts in a container, by its source and the keys of the experts.
+        containers: the tables of the experts in a container, by its source, their keys, and how they are picked.
         templates: how many templates of each pack were traced, by its id.
     """
 
@@ -65,7 +65,7 @@ class FrameCapture:
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
     rolled: dict[tuple[str, str], RolledIterator] = dataclasses.field(default_factory=dict)
     tables: dict[int, TableInput] = dataclasses.field(default_factory=dict)
-    containers: dict[tuple[Any, tuple[str, ...]], Tables] = dataclasses.field(default_factory=dict)
+    containers: dict[tuple[Any, tuple[str, ...], bool], Tables] = dataclasses.field(default_factory=dict)
     templates: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
@@ -141,12 +141,13 @@ class FrameCapture:
         self.templates[id(pack)] = number + 1
         return number
 
-    def tables_of(self, source: Any, keys: tuple[str, ...], pack: Any) -> Tables:
-        """The tables of the experts in the container at ``source``, guarded on."""
-        if (source, keys) not in self.containers:
-            tables = self.containers[source, keys] = Tables(source, keys, pack)
-            dynamo_modules.guard_on(source, tables.serve, "the experts' modules and parameters")
-        return self.containers[source, keys]
+    def tables_of(self, experts: ExpertModules, pack: Any) -> Tables:
+        """The tables of some experts, guarded on."""
+        place = experts.source, experts.keys, experts.are_attributes
+        if place not in self.containers:
+            tables = self.containers[place] = Tables(experts, pack)
+            dynamo_modules.guard_on(experts.source, tables.serve, "the experts' modules and parameters")
+        return self.containers[place]
 
     def table(self, tx: Any, given: Tables, name: str) -> Any:
         """The variable of the table that holds the alike modules' parameters called ``name``."""
@@ -241,6 +242,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
         if hasattr(dynamo.BuiltinVariable, name):
             dynamo.wrap_method(dynamo.BuiltinVariable, name, _identify)
     dynamo.wrap_method(dynamo.BuiltinVariable, "call_len", _length)
+    dynamo.wrap_method(*dynamo.getattr_method(), _get_attribute_by_name)
     dynamo.wrap_method(dynamo.BuiltinVariable, "call_zip", _zip)
     dynamo.wrap_opcodes(_formats_value, _format_value)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SUBSCR", _subscript)
@@ -249,6 +251,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
     for iterator in dynamo.iterators():
         dynamo.wrap_method(iterator, "__init__", _make_iterator)
         dynamo.wrap_method(iterator, dynamo.NEXT_METHOD, _advance_iterator)
+    dynamo.forget_handlers()
 
 
 def _tracing(tx_output: Any) -> FrameCapture | None:
@@ -571,6 +574,16 @@ def _get_attribute(original: Callable[..., Any], tensor: Any, tx: Any, name: str
     if capture is not None:
         capture.loops[-1].refuse("the body asks for a gradient", tx)
     return original(tensor, tx, name)
+
+
+def _get_attribute_by_name(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """``getattr(self.experts, f"expert_{index}")`` in a body."""
+    capture = _tracing(tx.output)
+    given = args[0] if args and isinstance(args[0], list) else args
+    picked = None
+    if capture is not None and len(given) >= 2:
+        picked = pick_attribute(tx, capture.loops[-1], given[0], given[1])
+    return original(builtin, tx, *args, **kwargs) if picked is None else picked
 
 
 def _requires_grad(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:

@@ -7,6 +7,7 @@ of the modules, whose parameters are ``moe_rewrite.select(table, 0, index)``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -31,11 +32,13 @@ class ExpertModules:
         source: where the traced code finds the container that holds them.
         keys: their keys in it, by index.
         modules: the modules, by index.
+        are_attributes: whether the index picks them as attributes, which something else may stand before.
     """
 
     source: Any
     keys: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    are_attributes: bool = False
 
     @classmethod
     def of_container(cls, tx: Any, container: Any) -> ExpertModules | None:
@@ -46,20 +49,34 @@ class ExpertModules:
         return None if found is None else cls._of_dict(found, list(map(str, range(len(found[1])))))
 
     @classmethod
-    def of_dict(cls, tx: Any, container: Any, keys: list[str]) -> ExpertModules | None:
-        """Those that a ``ModuleDict`` has under ``keys``; None for other variables, and where one is missing."""
+    def of_dict(cls, tx: Any, container: Any, keys: list[str], least: int) -> ExpertModules | None:
+        """Those that a ``ModuleDict`` has under ``keys``, up to one that is missing.
+
+        None for other variables, and where there are not ``least``.
+        """
         if not dynamo_modules.is_like(container, nn.ModuleDict, _PICKING):
             return None
-        return cls._of_dict(dynamo_modules.container_items(tx, container), keys)
+        return cls._of_dict(dynamo_modules.container_items(tx, container), keys, least)
 
     @classmethod
-    def _of_dict(cls, found: tuple[Any, dict[str, nn.Module]] | None, keys: list[str]) -> ExpertModules | None:
+    def of_attributes(cls, tx: Any, container: Any, names: list[str], least: int) -> ExpertModules | None:
+        """What :meth:`of_dict` says, of the submodules that a module has as attributes called ``names``."""
+        if not dynamo_modules.is_like(container, nn.Module, ("__getattr__", "__getattribute__")):
+            return None
+        found = cls._of_dict(dynamo_modules.container_items(tx, container), names, least)
+        if found is None or not are_attributes(dynamo_modules.module_value(container), found.keys):
+            return None
+        return dataclasses.replace(found, are_attributes=True)
+
+    @classmethod
+    def _of_dict(
+        cls, found: tuple[Any, dict[str, nn.Module]] | None, keys: list[str], least: int = 1
+    ) -> ExpertModules | None:
         if found is None:
             return None
         source, modules = found
-        if not keys or any(key not in modules for key in keys):
-            return None
-        return cls(source, tuple(keys), tuple(modules[key] for key in keys))
+        known = tuple(itertools.takewhile(modules.__contains__, keys))
+        return None if len(known) < least else cls(source, known, tuple(modules[key] for key in known))
 
     @classmethod
     def of_items(cls, items: list[Any]) -> ExpertModules | None:
@@ -82,11 +99,21 @@ class ExpertModules:
             pack = packing.pack(self.modules, copy=getattr(loop.frame.session.options, "pack", True))
         except packing.NotAlike as error:
             loop.refuse(f"the experts are modules that are not alike: {error}", tx)
-        tables = loop.frame.tables_of(self.source, self.keys, pack)
+        tables = loop.frame.tables_of(self, pack)
         if id(pack) not in path.templates:
             module = pack.template_of(loop.frame.next_template(pack))
             path.templates[id(pack)] = Template.start(tx, loop, tables, module, self.modules)
         return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, path.templates[id(pack)].module)
+
+
+def are_attributes(holder: nn.Module | None, names: Sequence[str]) -> bool:
+    """Whether ``getattr(holder, name)`` is the submodule of each name."""
+    if holder is None:
+        return False
+    before = (vars(holder), holder._parameters, holder._buffers)
+    return not any(name in there for name in names for there in before) and not any(
+        hasattr(type(holder), name) for name in names
+    )
 
 
 class Tables:
@@ -97,18 +124,19 @@ class Tables:
 
     Attributes:
         source: where the traced code finds the container.
-        pack: the experts that were traced.
+        pack: what the experts that were traced are in.
         read: :meth:`_read`, without Dynamo looking into it. One object, as it is found by its identity.
 
     Args:
-        keys: the keys of the experts in the container, by index.
+        experts: the experts that were traced.
     """
 
-    def __init__(self, source: Any, keys: tuple[str, ...], pack: packing.Pack) -> None:
-        self.source = source
+    def __init__(self, experts: ExpertModules, pack: packing.Pack) -> None:
+        self.source = experts.source
         self.pack = pack
         self.read = torch.compiler.disable(self._read)
-        self._keys = keys
+        self._keys = experts.keys
+        self._are_attributes = experts.are_attributes
         self._all_keys: tuple[str, ...] | None = None  # of all that is in the container, as the guard first saw it
         self._structure = pack.structure
         self._only: packing.Pack | None = None
@@ -121,6 +149,8 @@ class Tables:
         modules = container._modules
         all_keys = tuple(modules)
         if self._all_keys not in (None, all_keys):
+            return False
+        if self._are_attributes and not are_attributes(container, self._keys):
             return False
         experts = [modules.get(key) for key in self._keys]
         if any(expert is None for expert in experts):
@@ -189,11 +219,24 @@ class Template:
             dynamo_modules.end_stand_in(tx, tensor)
 
 
+def pick_attribute(tx: Any, loop: Any, holder: Any, name: Any) -> Any:
+    """``getattr(holder, name)`` for a name that is made of a loop's index; None for other names."""
+    names = dynamo_modules.names_of(name.realize(), loop.is_index)
+    if names is None:
+        return None
+    possible, least = [names(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
+    picked = ExpertModules.of_attributes(tx, holder.realize(), possible, least)
+    if picked is None:
+        return loop.refuse("the expert's index picks an attribute that is no submodule", tx)
+    return picked.at_index(tx, loop)
+
+
 def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     """``container[key]`` for the index of a loop, or for a name that is made of it; None for other keys."""
     name = dynamo_modules.names_of(key, loop.is_index)
     if name is not None:
-        picked = ExpertModules.of_dict(tx, container, [name(index) for index in range(max(loop.path.experts) + 1)])
+        possible, least = [name(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
+        picked = ExpertModules.of_dict(tx, container, possible, least)
     elif loop.is_index(key):
         picked = ExpertModules.of_container(tx, container)
     else:

@@ -9,7 +9,6 @@ import pytest
 NOT_REWRITTEN = {
     "LongcatFlashMoE": "the last experts are modules of another class, nn.Identity",
     "NllbMoeSparseMLP": "rows are read from, and written into, a tensor for each expert",
-    "SwitchTransformersSparseMLP": "the hits are read back as a list",
 }
 """By the name of the class that loops."""
 
