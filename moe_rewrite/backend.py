@@ -24,7 +24,7 @@ TESTED_TORCH = ("2.11", "2.13")
 """The range of torch versions that the tests were run with."""
 
 try:
-    from moe_rewrite.capture import dynamo, frames
+    from moe_rewrite.capture import dynamo, frames, hooks
     from moe_rewrite.capture.modules import writes_into
 
     _unavailable = ""
@@ -346,6 +346,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 if not _unavailable:
     frames.install(is_ours, start_session)
+    hooks.install()
     dynamo.on_convert_frame(_convert_frame)
     dynamo.on_compile(_check_options)
 else:
