@@ -57,8 +57,15 @@ def shares_memory(a: fx.Node, b: fx.Node) -> bool:
     values = example_value(a), example_value(b)
     if not all(isinstance(value, torch.Tensor) for value in values):
         return False
-    first, second = (value.untyped_storage()._cdata for value in values)
+    first, second = (_inside(value).untyped_storage()._cdata for value in values)
     return bool(first == second)
+
+
+def _inside(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor of ``vmap`` or another transform is made of, which has the memory. torch 2.11, 2.13."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def first_input(node: fx.Node) -> fx.Node | None:

@@ -218,7 +218,8 @@ class Lifted:
             return self._multiply(pairs, product, *args)
         if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
             args = pytree.tree_map_only(Tensor, partial(self._harmless, pairs), args[1:])
-            return step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
+            rows = step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
+            return pairs.harmless_rows(rows) if self.needs_grad and rows.is_floating_point() else rows
         if step.op is Primitive.INDEX_EXPERT:
             value, indices = args
             return _gather(value, (pairs.expert, *(self._harmless(pairs, index) for index in indices)))

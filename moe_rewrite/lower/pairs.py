@@ -142,6 +142,10 @@ class Pairs:
         """An index for each pair, 0 where no pair at all counts: what the ids lead to could be out of range there."""
         return index if self.valid is None else torch.where(self.valid.any(), index, 0)
 
+    def harmless_rows(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[P, ...]``, ones where no pair at all counts: NaN would reach the gradients of weights."""
+        return rows if self.valid is None else torch.where(self.valid.any(), rows, 1)
+
     def to_token_order(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` of these pairs in the order of the expert ids."""
         return rows if self.inverse is None else rows[self.inverse]
