@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from moe_rewrite.loop import Value
+from moe_rewrite.loop import ExpertsLoop, Value
 from moe_rewrite.nodes import example_value
 
 _PLAIN = (str, bytes, int, bool, float, complex, type(None), type(Ellipsis))
@@ -71,6 +71,20 @@ def of_nodes(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Seque
     return tuple(calls), of_inputs(inputs), tuple(numbers[node] for node in results)
 
 
+def of_loop(loop: ExpertsLoop) -> Hashable:
+    """What a loop does with its inputs, and what is known of them; not where it stands.
+
+    Raises:
+        NoFingerprint: there is something in its steps that cannot be compared.
+    """
+    numbers = {step.result: number for number, step in enumerate(loop.steps)}
+    unknown: dict[Any, int] = {}
+    known = tuple(_of_example(example_value(node), unknown) for node in loop.inputs)
+    results = tuple((step.result.kind, _of_example(step.result.example, unknown)) for step in loop.steps)
+    nowhere = dataclasses.replace(loop, path="", location="", inputs=())
+    return of_arguments(nowhere, numbers.__getitem__), known, results
+
+
 def of_inputs(inputs: Sequence[fx.Node]) -> Hashable:
     """What is known of the values of ``inputs`` when compiling.
 
@@ -90,6 +104,8 @@ def _of_example(value: Any, unknown: dict[Any, int]) -> Hashable:
         return kind, tuple(_of_size(size, unknown) for size in sizes)
     if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return _of_size(value, unknown)
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_of_example(entry, unknown) for entry in value)
     raise NoFingerprint(f"{type(value)}")
 
 

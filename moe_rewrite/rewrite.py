@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import fx
 
-from moe_rewrite import lower, splice
+from moe_rewrite import fingerprint, lower, splice
 from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError, NotLiftedError
 from moe_rewrite.loop import ExpertsLoop, Refusal
 from moe_rewrite.lower import ExpertsBackend, Lifted
-from moe_rewrite.nodes import standalone_code
+from moe_rewrite.nodes import has_unknown_size, standalone_code
 from moe_rewrite.recognise import Finding, find_loops
 from moe_rewrite.recognise.pieces import spell_out_pieces
 from moe_rewrite.report import LoopReport, log_reports
@@ -105,6 +105,7 @@ def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
     """
     reports = []
     replaced: dict[fx.Node, fx.Node] = {}
+    known: dict[Hashable, fx.GraphModule] = {}
     for plan in plans:
         report = plan.report
         if report is not None and report.refusal is not None:
@@ -112,7 +113,7 @@ def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
             continue
         outputs: list[fx.Node] = []
         if report is not None and plan.backend is not None:
-            report, outputs = _replace(plan, report, plan.backend, fuses, replaced)
+            report, outputs = _replace(plan, report, plan.backend, fuses, replaced, known)
             reports.append(report)
         for marker, source in zip(plan.finding.region.results, plan.finding.results, strict=True):
             node = outputs[source] if isinstance(source, int) else source
@@ -141,9 +142,23 @@ def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_pa
 
 
 def _replace(
-    plan: Plan, report: LoopReport, backend: ExpertsBackend, fuses: bool, replaced: dict[fx.Node, fx.Node]
+    plan: Plan,
+    report: LoopReport,
+    backend: ExpertsBackend,
+    fuses: bool,
+    replaced: dict[fx.Node, fx.Node],
+    known: dict[Hashable, fx.GraphModule],
 ) -> tuple[LoopReport, list[fx.Node]]:
-    """Replace one loop. ``replaced``: what stands in the place of results of loops before it."""
+    """Replace one loop.
+
+    Args:
+        plan: its plan.
+        report: what is reported of it.
+        backend: what it is lowered to.
+        fuses: see :func:`rewrite`.
+        replaced: what stands in the place of results of loops before it.
+        known: the replacements of loops before it, by what they were made of.
+    """
     assert report.loop is not None
     loop = dataclasses.replace(report.loop, inputs=tuple(replaced.get(node, node) for node in report.loop.inputs))
 
@@ -153,9 +168,23 @@ def _replace(
         return lifted.outputs
 
     try:
-        new, outputs = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, run)
+        key = _fingerprint(loop, backend, plan.needs_grad)
+        replacement = known.get(key) or splice.trace_replacement(loop, run)
+        made = [node for node in replacement.graph.nodes if node.op != "placeholder"]
+        if not any(node.op == "get_attr" or has_unknown_size(node) for node in made):
+            known[key] = replacement  # constants, and sizes that only run time knows, are each loop's own
+        new, outputs = splice.replace_loop(plan.gm.graph, plan.finding.region, loop, backend.name, replacement)
     except Exception as error:  # sizes that only run time knows, say
         said = (str(error).splitlines() or [""])[0]
         reason = said if isinstance(error, NotLiftedError) else f"it cannot be lowered: {type(error).__name__}: {said}"
         raise LoopRefused([report.refused(reason)]) from error
     return dataclasses.replace(report, loop=loop, after=standalone_code(new, loop.inputs)), outputs
+
+
+def _fingerprint(loop: ExpertsLoop, backend: ExpertsBackend, needs_grad: bool) -> Hashable:
+    """What a replacement depends on; something of its own where that is not known."""
+    try:
+        structure = fingerprint.of_loop(loop)
+    except fingerprint.NoFingerprint:
+        return object()
+    return backend.name, structure, needs_grad, None if backend.is_built_in else (loop.path, loop.location)

@@ -14,17 +14,22 @@ from moe_rewrite.recognise.aten import autocast_of, trace
 from moe_rewrite.recognise.regions import Region
 
 
-def replace_loop(
-    graph: fx.Graph, region: Region, loop: ExpertsLoop, experts_backend: str, run: Callable[..., list[torch.Tensor]]
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Put the graph of ``run(*inputs)``, which adds to the loop's accumulators in place, before the end of ``region``.
-
-    Returns the nodes that were put in, and those among them that hold what ``run`` returns. Each carries
-    ``meta["moe_rewrite"]``: the loop's path and the experts backend.
-    """
+def trace_replacement(loop: ExpertsLoop, run: Callable[..., list[torch.Tensor]]) -> fx.GraphModule:
+    """The graph of ``run(*inputs)``, which adds to the loop's accumulators in place."""
     with torch.amp.autocast(_device_type(loop), enabled=False):
         replacement = trace(run, loop.inputs)
     replacement.graph.eliminate_dead_code()
+    return replacement
+
+
+def replace_loop(
+    graph: fx.Graph, region: Region, loop: ExpertsLoop, experts_backend: str, replacement: fx.GraphModule
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Put ``replacement`` before the end of ``region``.
+
+    Returns the nodes that were put in, and those among them that hold what the replacement returns. Each carries
+    ``meta["moe_rewrite"]``: the loop's path and the experts backend.
+    """
     with autocast_of(region.begin):
         autocast = torch.is_autocast_enabled(_device_type(loop))
     assert region.end is not None

@@ -51,6 +51,11 @@ class ExpertsBackend:
     lower: Lower
     check: Check
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is known not to look at where a loop stands: one replacement serves all loops that are alike."""
+        return self.lower.__module__.startswith("moe_rewrite.lower.")
+
     def build(self, loop: ExpertsLoop, lifted: Lifted) -> None:
         """Run ``lower``; where no rows are selected there is no product of rows that could be its own."""
         if isinstance(loop.dispatch, EveryToken):
