@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -59,13 +60,13 @@ OTHERS = {
 def traced(monkeypatch) -> list[str]:
     """What was traced: bodies of loops, and replacements."""
     seen = []
+
+    def count(name, original, *args):
+        seen.append(name)
+        return original(*args)
+
     for module, name in ((aten, "retrace"), (splice, "trace_replacement")):
-
-        def count(*args, original=getattr(module, name), name=name):
-            seen.append(name)
-            return original(*args)
-
-        monkeypatch.setattr(module, name, count)
+        monkeypatch.setattr(module, name, functools.partial(count, name, getattr(module, name)))
     return seen
 
 
