@@ -136,7 +136,8 @@ class Pairs:
             return rows
         own = self.only_valid(rows)
         lent = own[:1] if self.lender is None else own.index_select(0, self.lender.reshape(1))
-        return torch.where(_column(self.valid, rows), rows, lent)
+        # What comes of them is dropped, so their gradients are zeros: the lender need not add them up.
+        return torch.where(_column(self.valid, rows), rows, lent.detach())
 
     def harmless_index(self, index: Tensor) -> Tensor:
         """An index for each pair, 0 where no pair at all counts: what the ids lead to could be out of range there."""
