@@ -438,28 +438,65 @@ def outer(
 
 
 @jit
-def sort(experts, order, offsets, pairs, groups, BLOCK: tl.constexpr, COUNTED: tl.constexpr, GROUPS: tl.constexpr):
-    """A stable sort by expert of one block of pairs, with all that is before it counted anew by every program.
+def _key(experts, i, pairs, groups):
+    """The expert of pairs ``i``; ``groups`` for those of no expert, ``groups + 1`` for what is no pair."""
+    key = tl.load(experts + i, mask=i < pairs, other=0)
+    key = tl.where((key >= 0) & (key < groups), key, groups)  # before it is made smaller
+    return tl.where(i < pairs, key.to(tl.int32), groups + 1)
 
-    One launch: at few tokens the launches are what sorting costs. ``GROUPS`` holds the experts, one group for ids of no
-    expert, and one for what is not to be counted.
+
+@jit
+def count(experts, counts, pairs, groups, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
+    """How many pairs of each expert are in one block of pairs: ``counts[block]``, ``GROUPS`` entries."""
+    key = _key(experts, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), pairs, groups)
+    tl.store(counts + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS), tl.histogram(key, GROUPS))
+
+
+@jit
+def sort(
+    experts,
+    counts,
+    order,
+    offsets,
+    pairs,
+    groups,
+    blocks,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    COUNTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+):
+    """A stable sort by expert of one block of pairs. ``GROUPS`` holds the experts and two more, see ``_key``.
+
+    Where what is before it comes from depends on ``HAS_COUNTS``: from the counts of all blocks, ``COUNTED`` blocks at a
+    time, or, for few pairs, from counting all pairs anew, ``COUNTED`` pairs at a time: that saves a launch.
     """
     begin = tl.program_id(0) * BLOCK
-    counts = tl.zeros((GROUPS,), dtype=tl.int32)
-    before = tl.zeros((GROUPS,), dtype=tl.int32)
-    for start in range(0, pairs, COUNTED):
-        i = start + tl.arange(0, COUNTED)
-        key = tl.load(experts + i, mask=i < pairs, other=groups)
-        key = tl.where((key >= 0) & (key < groups), key, groups).to(tl.int32)
-        counts += tl.histogram(tl.where(i < pairs, key, groups + 1), GROUPS)
-        before += tl.histogram(tl.where(i < begin, key, groups + 1), GROUPS)
-    ends = tl.cumsum(counts, 0)
     group = tl.arange(0, GROUPS)
+    total = tl.zeros((GROUPS,), dtype=tl.int32)
+    before = tl.zeros((GROUPS,), dtype=tl.int32)
+    if HAS_COUNTS:
+        for start in range(0, blocks, COUNTED):
+            block = start + tl.arange(0, COUNTED)
+            at = counts + block[:, None] * GROUPS + group[None, :]
+            found = tl.load(at, mask=block[:, None] < blocks, other=0)
+            total += tl.sum(found, 0)
+            before += tl.sum(tl.where(block[:, None] < tl.program_id(0), found, 0), 0)
+    else:
+        for start in range(0, pairs, COUNTED):
+            i = start + tl.arange(0, COUNTED)
+            key = _key(experts, i, pairs, groups)
+            total += tl.histogram(key, GROUPS)
+            before += tl.histogram(tl.where(i < begin, key, groups + 1), GROUPS)
+    ends = tl.cumsum(total, 0)
     if begin == 0:
         tl.store(offsets + group, ends, mask=group < groups)
-    i = begin + tl.arange(0, BLOCK)
-    key = tl.load(experts + i, mask=i < pairs, other=groups)
-    key = tl.where((key >= 0) & (key < groups), key, groups).to(tl.int32)
-    same = (key[:, None] == key[None, :]) & (i[None, :] < i[:, None])
-    place = tl.gather(ends - counts + before, key, 0) + tl.sum(same.to(tl.int32), 1)
-    tl.store(order + place, i, mask=i < pairs)
+    free = ends - total + before  # the next place of each expert
+    for start in range(begin, begin + BLOCK, PART):
+        i = start + tl.arange(0, PART)
+        key = _key(experts, i, pairs, groups)
+        earlier = (key[:, None] == key[None, :]) & (i[None, :] < i[:, None])
+        place = tl.gather(free, key, 0) + tl.sum(earlier.to(tl.int32), 1)
+        tl.store(order + place, i, mask=i < pairs)
+        free += tl.histogram(key, GROUPS)

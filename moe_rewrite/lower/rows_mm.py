@@ -18,6 +18,8 @@ try:
 except ImportError:  # torch for the CPU comes without it
     triton = None
 
+FEW = 2048
+"""Up to how many pairs one launch sorts them."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels multiply. They add in float32."""
 
@@ -40,7 +42,7 @@ def available(device: torch.device) -> bool:
 
 
 def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """A stable sort of pairs by expert, in one launch.
+    """A stable sort of pairs by expert, in one launch for few pairs and two for many.
 
     Args:
         experts: the expert of each pair, ``[P]``, any integer dtype. Those outside ``[0, groups)`` are of no expert.
@@ -126,12 +128,21 @@ def _sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     pairs = experts.shape[0]
     order = experts.new_empty(pairs, dtype=torch.int32)
     offsets = experts.new_zeros(groups, dtype=torch.int32)
-    if pairs:
-        block = _block(pairs, 128)
-        with _on(experts):
-            kernels.sort[(triton.cdiv(pairs, block),)](
-                experts.contiguous(), order, offsets, pairs, groups, block, _block(pairs, 1024), _power(groups + 2)
-            )
+    if pairs == 0:
+        return order, offsets
+    experts = experts.contiguous()
+    bins, counts, counted = _power(groups + 2), offsets, _block(pairs, 1024)
+    block = part = _block(pairs, 128)
+    has_counts = pairs > FEW
+    with _on(experts):
+        if has_counts:
+            block, counted = 1024, 16
+            blocks = triton.cdiv(pairs, block)
+            counts = experts.new_empty(blocks, bins, dtype=torch.int32)
+            kernels.count[(blocks,)](experts, counts, pairs, groups, block, bins)
+        blocks = triton.cdiv(pairs, block)
+        sizes = (block, part, counted, bins, has_counts)
+        kernels.sort[(blocks,)](experts, counts, order, offsets, pairs, groups, blocks, *sizes)
     return order, offsets
 
 
