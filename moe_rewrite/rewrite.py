@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from moe_rewrite import fingerprint, lower, splice
 from moe_rewrite.config import ExpertsMapping
@@ -91,10 +92,20 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
 
 
 def _may_need_grad(gm: fx.GraphModule) -> bool:
-    """Whether a gradient can be asked for: as the compilers decide it, by the graph's inputs."""
-    inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
-    examples = [node.meta.get("example_value") for node in inputs]
-    return torch.is_grad_enabled() and any(one is None or getattr(one, "requires_grad", False) for one in examples)
+    """Whether a gradient can be asked for: of an input, as the compilers decide it, or of what the graph computes.
+
+    A graph may switch gradients on that are off outside.
+    """
+    for graph in gm.modules():
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            is_input = node.op in ("placeholder", "get_attr")
+            if is_input and not torch.is_grad_enabled():
+                continue
+            example = node.meta.get("example_value")
+            leaves = pytree.tree_leaves(example)
+            if (is_input and example is None) or any(getattr(leaf, "requires_grad", False) for leaf in leaves):
+                return True
+    return False
 
 
 def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:

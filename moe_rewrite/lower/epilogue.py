@@ -21,6 +21,9 @@ from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Step, Value
 MOST = 2
 """How many products, and how many vectors, a kernel takes."""
 
+_LARGEST = 64
+"""How many operators and operands an epilogue has at most, those that are used twice counted twice."""
+
 _DTYPES = {torch.float32: "", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _UNARY = ("silu", "sigmoid", "relu", "exp", "abs", "neg")
 _BINARY = ("add", "sub", "mul", "div", "maximum", "minimum")
@@ -164,13 +167,16 @@ def _expressions(loop: ExpertsLoop) -> tuple[dict[Value, _Found], dict[Value, se
     """What per-row values are made of, where that is columns alone; and the per-row values that went into each."""
     found: dict[Value, _Found] = {}
     parts: dict[Value, set[Value]] = {}
+    sizes: dict[Value, int] = {}
     for step in loop.steps:
         if step.result.kind is not Kind.PER_ROW:
             continue
-        expression = _expression(step, found)
+        before = [] if step.op is Primitive.MATMUL else list(_values(step))  # rows are where a product begins
+        size = 1 + sum(sizes.get(value, 0) for value in before)
+        expression = _expression(step, found) if size <= _LARGEST else None
         if expression is not None:
             found[step.result] = expression
-            before = () if step.op is Primitive.MATMUL else _values(step)  # rows are where a product begins
+            sizes[step.result] = size
             parts[step.result] = {step.result}.union(*(parts.get(value, set()) for value in before))
     return found, parts
 
@@ -213,7 +219,7 @@ def _split(step: Step, source: _Found) -> _Found:
     width = source.width
     if isinstance(sizes, int):
         sizes = [min(sizes, width - start) for start in range(0, width, sizes)]
-    if not all(isinstance(size, int) for size in sizes):
+    if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
         return None
     return [source.of(sum(sizes[:number]), 1, size) for number, size in enumerate(sizes)]
 
@@ -232,13 +238,15 @@ def _slice(step: Step, source: _Found) -> _Found:
 def _elementwise(step: Step, found: dict[Value, _Found]) -> _Found:
     operands: list[Expression | float] = []
     width = step.result.example.shape[1]
+    if not isinstance(width, int):
+        return None
     for arg in step.args:
         if arg is None and step.name == "clamp":
             continue
         if isinstance(arg, bool) or not isinstance(arg, int | float | Value):
             return None
         operand = found.get(arg) if isinstance(arg, Value) else float(arg)
-        if not isinstance(operand, Columns | Apply | float):
+        if not isinstance(operand, Columns | Apply | float) or operand != operand:  # a bound of NaN gives NaN
             return None
         if not isinstance(operand, float) and operand.width != width:
             return None

@@ -8,16 +8,17 @@ backend's own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from moe_rewrite.errors import NotLiftedError
-from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, Value
+from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, TopKDispatch, Value
 from moe_rewrite.lower import combine
 from moe_rewrite.lower.pairs import Pairs
 
@@ -51,7 +52,7 @@ class Lifted:
         self.needs_grad = needs_grad
         # What is computed for pairs of no expert is dropped. It matters what it is where a gradient goes through it, or
         # where it is an index.
-        self.lends = needs_grad or any(_may_be_an_index(step) for step in loop.steps)
+        self.lends = needs_grad or any(_may_be_an_index(step) for step in loop.steps) or not _are_in_range(loop)
         self.inputs = inputs
         self.outputs: list[Tensor] = []
         self._values: dict[Value, Any] = {}
@@ -237,6 +238,37 @@ def _may_be_an_index(step: Step) -> bool:
     example = step.result.example
     is_row = step.result.kind is Kind.PER_ROW and step.op is not Primitive.COORDINATE
     return is_row and isinstance(example, Tensor) and not example.is_floating_point()
+
+
+def _are_in_range(loop: ExpertsLoop) -> bool:
+    """Whether what the row's own coordinates look up is there for every pair, also for those of no expert.
+
+    Eager looks up what it has rows for: a table may have no entry for a token whose ids are all of no expert.
+    """
+    dispatch = loop.dispatch
+    if not isinstance(dispatch, TopKDispatch):
+        return True
+    axes = {step.result: step.args[0] for step in loop.steps if step.op is Primitive.COORDINATE}
+    for sizes, indices in _lookups(loop):
+        for size, index in zip(sizes, indices, strict=False):
+            if isinstance(index, Value) and index in axes:
+                axis = axes[index]
+                if not statically_known_true(size >= (1 if axis is None else dispatch.shape[axis])):
+                    return False
+    return True
+
+
+def _lookups(loop: ExpertsLoop) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
+    """What is indexed: the sizes of the dimensions, and the index of each."""
+    for step in loop.steps:
+        if step.op is Primitive.INDEX_EXPERT or step.op is torch.ops.aten.index.Tensor:
+            yield step.args[0].example.shape, step.args[1]
+        elif step.op is torch.ops.aten.index_select.default:
+            yield [step.args[0].example.shape[step.args[1]]], [step.args[2]]
+        elif step.op is torch.ops.aten.embedding.default:
+            yield step.args[0].example.shape, [step.args[1]]
+    for one in loop.combines:
+        yield one.accumulator.example.shape, one.index
 
 
 def _gather(table: Tensor, index: tuple[Tensor, ...]) -> Tensor:

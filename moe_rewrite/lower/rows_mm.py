@@ -24,6 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels multiply. They add in float32."""
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
+# Pair `p` has row `p // after % own`; where `own` is 0 it has row `p`.
 _LIBRARY.define(
     "rows_mm(Tensor rows, Tensor[] weights, Tensor[] vectors, Tensor? order, Tensor? offsets, Tensor? experts, "
     "SymInt pairs, SymInt own, SymInt after, str epilogue, ScalarType dtype) -> Tensor"
@@ -86,7 +87,7 @@ def rows_mm(
     Returns:
         ``[P, N]``, in the order of the pairs.
     """
-    pairs, own, after = gather or (rows.shape[0], rows.shape[0], 1)
+    pairs, own, after = gather or (rows.shape[0], 0, 1)
     result: Tensor = torch.ops.moe_rewrite.rows_mm(
         rows, weights, vectors, order, offsets, experts, pairs, own, after, epilogue, dtype or rows.dtype
     )
@@ -103,11 +104,10 @@ def rows_outer(
         grad: ``[P, N]``, in the dtype of ``rows``.
         offsets: where the pairs of each expert end, ``[E]`` int32. What is past the last of them counts for nothing.
         order: the pairs sorted by expert, ``[P]`` int32; None where they are sorted.
-        own: the number of rows; that of the pairs if None.
+        own: the number of rows; None where each pair has its own.
         after: how many pairs in a row have the same row.
     """
-    own = grad.shape[0] if own is None else own
-    result: Tensor = torch.ops.moe_rewrite.rows_outer(rows, grad, order, offsets, own, after)
+    result: Tensor = torch.ops.moe_rewrite.rows_outer(rows, grad, order, offsets, own or 0, after)
     return result
 
 
@@ -116,7 +116,8 @@ ADD_VECTOR = "add v0 v1"
 
 
 def _interpreted() -> bool:
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    """Whether the kernels are interpreted: what Triton's setting was when they were made."""
+    return triton is not None and not isinstance(kernels.multiply, triton.JITFunction)
 
 
 def _on(tensor: Tensor) -> Any:
@@ -165,7 +166,7 @@ def _rows_mm(
     if result.numel() == 0:
         return result
     both = [*weights, weights[0]][:2]
-    added = [*vectors, *[weights[0][:, 0]] * 2][:2]  # what is not there is not read
+    added = [*vectors, result, result][:2]  # what is not there is not read
     weight_strides = [*both[0].stride(), *both[1].stride()]
     interleaved = _are_interleaved(weights)
     if interleaved:
@@ -178,20 +179,22 @@ def _rows_mm(
         "EPILOGUE": epilogue,
     }
     launch: dict[str, Any]
+    own = own or pairs
     with _on(rows):
         if experts is not None:
             launch = _columns_of_a_program(inner, columns, weights[0])
             sizes = (groups, inner, columns, own, after)
             kernels.multiply_each[(triton.cdiv(columns, launch["BLOCK_N"]), pairs)](
-                rows, experts, *both, *added, result, *sizes, *strides, **program, **launch
+                rows, experts.contiguous(), *both, *added, result, *sizes, *strides, **program, **launch
             )
             return result
         assert offsets is not None
+        offsets = offsets.contiguous()
         launch = _tile(pairs, groups, inner, columns, len(weights), rows.dtype)
         # Every group may end with a tile that is not full, that of no expert too; no tile is empty.
         tiles = min(pairs, triton.cdiv(pairs, launch["BLOCK_M"]) + groups + 1)
         kernels.multiply[(tiles * triton.cdiv(columns, launch["BLOCK_N"]),)](
-            *(rows, order if order is not None else offsets, offsets, *both, *added, result),
+            *(rows, offsets if order is None else order.contiguous(), offsets, *both, *added, result),
             *(pairs, groups, inner, columns, own, after, *strides, tiles),
             GROUPS=_power(groups + 1),
             HAS_ORDER=order is not None,
@@ -212,10 +215,11 @@ def _rows_outer(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tenso
     block_k, block_n = _block(inner, 64), _block(columns, 128 if rows.dtype.itemsize == 2 else 64)
     blocks_k = triton.cdiv(inner, block_k)
     grid = (groups * blocks_k, triton.cdiv(columns, block_n))
+    offsets = offsets.contiguous()
     with _on(rows):
         kernels.outer[grid](
-            *(rows, grad, order if order is not None else offsets, offsets, result),
-            *(blocks_k, inner, columns, own, after, *rows.stride(), *grad.stride()),
+            *(rows, grad, offsets if order is None else order.contiguous(), offsets, result),
+            *(blocks_k, inner, columns, own or max(1, grad.shape[0]), after, *rows.stride(), *grad.stride()),
             BLOCK_M=32,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
@@ -269,7 +273,7 @@ def _columns_of_a_program(inner: int, columns: int, weight: Tensor) -> dict[str,
 
 
 def _power(size: int) -> int:
-    return int(triton.next_power_of_2(size))
+    return int(triton.next_power_of_2(max(1, size)))
 
 
 def _block(size: int, largest: int) -> int:
@@ -298,8 +302,9 @@ def _(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: in
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, vectors, order, offsets, experts, pairs, own, after, epilogue, _ = inputs
-    ctx.plain = len(weights) == 1 and (len(vectors), epilogue) in ((0, ""), (1, ADD_VECTOR))
+    rows, weights, vectors, order, offsets, experts, pairs, own, after, epilogue, dtype = inputs
+    adds = (len(vectors), epilogue) in ((0, ""), (1, ADD_VECTOR))
+    ctx.plain = len(weights) == 1 and adds and dtype is rows.dtype
     ctx.sizes = pairs, own, after, bool(vectors)
     ctx.save_for_backward(rows, weights[0], order, offsets, experts)
 
@@ -315,7 +320,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_rows = grad_weight = grad_bias = None
     if needs[0]:
         grad_rows = rows_mm(grad, [weight.transpose(1, 2)], [], order=order, offsets=offsets, experts=experts)
-        grad_rows = grad_rows.reshape(-1, own, after, grad_rows.shape[1]).sum((0, 2))
+        if isinstance(pairs, int) and pairs == 0:
+            grad_rows = torch.zeros_like(rows)
+        elif not (isinstance(own, int) and own == 0):
+            grad_rows = grad_rows.reshape(-1, own, after, rows.shape[1]).sum((0, 2))
     if needs_weight or needs_bias:
         if offsets is None:
             order, offsets = sort_by_expert(experts, weight.shape[0])
