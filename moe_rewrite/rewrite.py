@@ -94,18 +94,18 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
 def _may_need_grad(gm: fx.GraphModule) -> bool:
     """Whether a gradient can be asked for: of an input, as the compilers decide it, or of what the graph computes.
 
-    A graph may switch gradients on that are off outside.
+    A graph may switch gradients on that are off outside, and make tensors that require one.
     """
-    for graph in gm.modules():
-        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
-            is_input = node.op in ("placeholder", "get_attr")
-            if is_input and not torch.is_grad_enabled():
-                continue
-            example = node.meta.get("example_value")
-            leaves = pytree.tree_leaves(example)
-            if (is_input and example is None) or any(getattr(leaf, "requires_grad", False) for leaf in leaves):
-                return True
-    return False
+    nodes = [node for module in gm.modules() if isinstance(module, fx.GraphModule) for node in module.graph.nodes]
+    switched_on = any(node.target is torch._C._set_grad_enabled and node.args[0] for node in nodes)
+    return (torch.is_grad_enabled() or switched_on) and any(map(_may_require_grad, nodes))
+
+
+def _may_require_grad(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    if example is None:
+        return node.op in ("placeholder", "get_attr")
+    return any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(example))
 
 
 def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:

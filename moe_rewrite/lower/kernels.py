@@ -104,7 +104,7 @@ def _unary(operator: tl.constexpr, a):
     elif operator == "abs":
         result = tl.abs(a)
     elif operator == "neg":
-        result = -a
+        result = a * -1.0  # Triton's `-a` is `0 - a`, which loses the sign of a zero
     elif operator == "square":
         result = a * a
     elif operator == "bfloat16":
