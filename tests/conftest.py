@@ -5,12 +5,36 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU, slowly
+
+
+def _round_to_bf16() -> None:
+    """Triton's interpreter (seen in 3.6 and 3.7) truncates where a GPU rounds."""
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:  # torch for the CPU comes without it
+        return
+    cast = InterpreterBuilder.cast_impl
+
+    def round_to_bf16(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(self, source, dtype)
+        rounded = torch.from_numpy(numpy.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
+        return TensorHandle(rounded.numpy().reshape(source.data.shape), dtype.scalar)
+
+    InterpreterBuilder.cast_impl = round_to_bf16
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _round_to_bf16()
 
 # pytest 9 adds a handler to every logger that does not propagate. torch writes its structured traces, at half of the
 # time of a compile, as soon as this one has a handler.

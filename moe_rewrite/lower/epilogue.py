@@ -192,7 +192,8 @@ def _expression(step: Step, found: dict[Value, _Found]) -> _Found:
         return product if vector is None else Apply("add", (product, vector), product.width)
     if step.op is Primitive.GATHER_EXPERT:
         value, rank = step.args
-        return _whole(value, None) if value.example.dim() == 1 and rank == 2 else None
+        is_vector = isinstance(value.example, torch.Tensor) and value.example.dim() == 1 and rank == 2
+        return _whole(value, None) if is_vector else None
     source = found.get(step.args[0]) if step.args and isinstance(step.args[0], Value) else None
     if step.name == "getitem":
         return source[step.args[1]] if isinstance(source, list) else None

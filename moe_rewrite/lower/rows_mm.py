@@ -6,6 +6,7 @@ They take any strides and sizes, bf16, fp16 and fp32, read nothing back from the
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def _rows_mm(
             return result
         assert offsets is not None
         offsets = offsets.contiguous()
-        launch = _tile(pairs, groups, inner, columns, len(weights), rows.dtype)
+        launch = _tile(pairs, groups, inner, columns, len(weights), rows.dtype, _multiplies_wide(rows.device))
         # Every group may end with a tile that is not full, that of no expert too; no tile is empty.
         tiles = min(pairs, triton.cdiv(pairs, launch["BLOCK_M"]) + groups + 1)
         kernels.multiply[(tiles * triton.cdiv(columns, launch["BLOCK_N"]),)](
@@ -239,7 +240,15 @@ def _are_interleaved(weights: list[Tensor]) -> bool:
     return bool(step % 2 == 0 and apart == step // 2 * weights[0].itemsize)
 
 
-def _tile(pairs: int, groups: int, inner: int, columns: int, products: int, dtype: torch.dtype) -> dict[str, Any]:
+@functools.cache
+def _multiplies_wide(device: torch.device) -> bool:
+    """Whether a device multiplies tiles that are not in registers: SM90 and SM100. The others need narrower ones."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _tile(
+    pairs: int, groups: int, inner: int, columns: int, products: int, dtype: torch.dtype, wide: bool
+) -> dict[str, Any]:
     """Tiles of about as many rows as an expert has if all have the same. Two products share a tile."""
     rows = triton.cdiv(pairs, groups)
     narrow = dtype.itemsize == 4
@@ -250,7 +259,7 @@ def _tile(pairs: int, groups: int, inner: int, columns: int, products: int, dtyp
     elif rows <= 64:
         most_m, most_n, most_k, warps, stages = 64, 128, 64, 4, 4
     else:
-        most_m, most_n, most_k, warps, stages = 128, 256, 64, 8, 3
+        most_m, most_n, most_k, warps, stages = 128, (256 if wide else 128), 64, 8, 3
     block_n, block_k = _block(columns, most_n // products), _block(inner, most_k)
     return {
         "BLOCK_M": most_m,
