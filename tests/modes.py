@@ -80,7 +80,7 @@ def axes(device: str) -> tuple[tuple[str, ...], ...]:
     """The values that each field of a case can have."""
     dtypes = tuple(name for name in DTYPES if device == "cpu" or name != "fp64")
     return (
-        ("eager", "batched_mm", "grouped_mm", "auto"),
+        ("eager", "batched_mm", "grouped_mm", "triton", "auto"),
         COMPILERS,
         dtypes,
         ("static", "dynamic"),
