@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator
@@ -11,7 +12,18 @@ import numpy
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+
+def _can_interpret() -> bool:
+    """Triton's interpreter up to 3.6 needs numpy < 2.4."""
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in (found, numpy.__version__))
+    return old >= (3, 7) or new < (2, 4)
+
+
+if not torch.cuda.is_available() and _can_interpret():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU, slowly
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import hub
 import modes
-import numpy
 import pytest
 import test_forms
 import test_spellings
@@ -41,12 +40,10 @@ from moe_rewrite.lower import triton as experts_backend
 
 triton = pytest.importorskip("triton", reason="torch for the CPU comes without triton")
 
-_VERSIONS = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)]
-needs_interpreter = pytest.mark.skipif(
-    not torch.cuda.is_available() and _VERSIONS[0] < (3, 7) and _VERSIONS[1] >= (2, 4),
-    reason="the interpreter of triton < 3.7 needs numpy < 2.4",
-)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_interpreter = pytest.mark.skipif(
+    not rows_mm.available(torch.device(DEVICE)), reason="the interpreter of triton < 3.7 needs numpy < 2.4"
+)
 DTYPES = rows_mm.DTYPES
 EPS = torch.finfo(torch.float32).eps
 
