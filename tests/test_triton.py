@@ -494,7 +494,9 @@ def test_rows_outer_of_gathered_rows(poisoned, gather):
     ],
     ids=str,
 )
-def test_sort_by_expert(poisoned, pairs, groups, dtype):
+@pytest.mark.parametrize("is_counted_first", [False, True])
+def test_sort_by_expert(poisoned, monkeypatch, pairs, groups, dtype, is_counted_first):
+    monkeypatch.setattr(rows_mm, "FEW", 0 if is_counted_first else 2**20)
     ids = ids_of(pairs, low=-2, high=groups + 3)
     if dtype is torch.int64:
         ids[::7], ids[3::11] = 2**40, -(2**40)
@@ -1396,8 +1398,16 @@ def _outer(dtype: str) -> tuple[Any, ...]:
 
 
 def _sort(pairs: int, groups: int) -> tuple[Any, ...]:
-    blocks = {"BLOCK": rows_mm._block(pairs, 128), "COUNTED": rows_mm._block(pairs, 1024)}
-    return "sort", "bfloat16", {**blocks, "GROUPS": rows_mm._power(groups + 2)}, {}, ("", "order offsets", "experts")
+    many, part = pairs > rows_mm.FEW, rows_mm._block(pairs, 128)
+    sizes = (1024, part, 16) if many else (part, part, rows_mm._block(pairs, 1024))
+    constants = dict(zip(("BLOCK", "PART", "COUNTED"), sizes, strict=True))
+    constants |= {"GROUPS": rows_mm._power(groups + 2), "HAS_COUNTS": many}
+    return "sort", "bfloat16", constants, {}, ("", "counts order offsets", "experts")
+
+
+def _count(groups: int) -> tuple[Any, ...]:
+    constants = {"BLOCK": 1024, "GROUPS": rows_mm._power(groups + 2)}
+    return "count", "bfloat16", constants, {}, ("", "counts", "experts")
 
 
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -1418,6 +1428,7 @@ COMPILED = {
     "gradient of the weight": (_outer("bfloat16"), (80, 90)),
     "sort": (_sort(4096 * 4, 60), (80, 90)),
     "sort of few": (_sort(8, 60), (90,)),
+    "count": (_count(60), (90,)),
 }
 SPILLS = {"interleaved": 224, "interleaved along N": 32}
 """Bytes of registers that are put away: the long epilogue of the widest tile has too many values at a time."""
