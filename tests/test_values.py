@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import modes
 import pytest
@@ -25,7 +24,6 @@ from loops import (
     weigh_up,
 )
 from torch import Tensor
-from torch.utils import deterministic
 
 from moe_rewrite.lower import grouped_product
 
@@ -92,18 +90,6 @@ def test_number_of_experts_and_slots(experts, num_experts, top_k, tokens):
 
 
 # --- memory that nobody wrote to --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or the largest integer, and no operator may depend on chance."""
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    deterministic.fill_uninitialized_memory = before[1]
 
 
 DROPPED = {
