@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,20 @@ def enumerated(iterator: Any) -> tuple[Any, int] | None:
     if code.co_filename != builtins_polyfill.__file__ or code.co_name != "enumerate" or len(given) != 2:
         return None
     return given["iterable"], given["start"].as_python_constant()
+
+
+_PARAMETERS = next(code for code in nn.ParameterList.__iter__.__code__.co_consts if isinstance(code, types.CodeType))
+"""The generator in ``iter(self[i] for i in range(len(self)))``. torch 2.11, 2.13."""
+
+
+def parameters_iterated(tx: Any, iterator: Any) -> Any:
+    """The ``ParameterList`` that an iterator which was not advanced yet goes over. torch 2.11, 2.13."""
+    if not isinstance(iterator, LocalGeneratorObjectVariable) or iterator.code is not _PARAMETERS:
+        return None
+    given = iterator.inline_tracer.symbolic_locals
+    container = tx.output.side_effects.load_cell(given["self"]).realize()
+    left = range_left(given["implicit0"])
+    return container if _is_module(container) and left == range(len(container.value)) else None
 
 
 def zipped(iterator: Any) -> list[Any] | None:
@@ -147,17 +162,14 @@ def module_value(variable: Any) -> nn.Module | None:
     return value if isinstance(value, nn.Module) and getattr(variable, "source", None) is not None else None
 
 
-def container_items(tx: Any, variable: Any) -> tuple[Any, dict[str, nn.Module]] | None:
-    """The source of a ``ModuleList``, ``ModuleDict`` or ``Sequential``, and the modules that it holds.
+def unchanged_module(tx: Any, variable: Any) -> tuple[Any, nn.Module] | None:
+    """The source of a module, and the module.
 
-    None for other variables, and where the traced code has changed the container. torch 2.11, 2.13.
+    None for other variables, and where the traced code has changed the module. torch 2.11, 2.13.
     """
-    if not isinstance(variable, UnspecializedNNModuleVariable) or variable.source is None:
+    if not _is_module(variable) or variable.source is None:
         return None
-    container = variable.value
-    if tx.output.side_effects.has_pending_mutation(variable):
-        return None
-    return variable.source, dict(container._modules)
+    return None if tx.output.side_effects.has_pending_mutation(variable) else (variable.source, variable.value)
 
 
 def is_like(variable: Any, cls: type[nn.Module], methods: tuple[str, ...]) -> bool:
@@ -271,6 +283,8 @@ def input_from(tx: Any, base: Any, function: Any, name: str, example: torch.Tens
 def stand_in(tx: Any, value: torch.Tensor, variable: Any) -> None:
     """From now on, tracing finds ``variable`` where it comes to the tensor ``value``. torch 2.11, 2.13."""
     effects = tx.output.side_effects
+    variable.class_type = type(value)  # `isinstance(weight, nn.Parameter)`
+    variable.moe_rewrite_stands_in = True
     variable.as_proxy().node.meta.setdefault("tensor_dict", {})  # where Dynamo notes things about a parameter
     effects.id_to_variable[id(value)] = variable
     effects.keepalive.append(value)
@@ -418,8 +432,10 @@ def is_iterator(variable: Any) -> bool:
 
 
 def is_of_template(variable: Any) -> bool:
-    """Whether a variable is a module that is traced in the place of many. torch 2.11, 2.13."""
+    """Whether a variable is a module or a parameter that is traced in the place of many. torch 2.11, 2.13."""
     variable = variable.realize() if isinstance(variable, VariableTracker) else None
+    if getattr(variable, "moe_rewrite_stands_in", False):
+        return True
     name = getattr(getattr(variable, "source", None), "name", "") if _is_module(variable) else ""
     return TEMPLATE in (name() if callable(name) else name)
 

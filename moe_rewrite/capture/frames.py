@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from moe_rewrite.capture import dynamo, dynamo_modules
-from moe_rewrite.capture.modules import ExpertModules, TableInput, Tables
+from moe_rewrite.capture.modules import ExpertModules, Places, TableInput, Tables
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
 from moe_rewrite.report import LoopReport
@@ -36,7 +36,7 @@ class FrameCapture:
         loops: the loops whose body is being traced.
         rolled: all loops that were rolled, by path and location.
         tables: the tables of parameters that the graph reads, by the ids of their tensors.
-        containers: the tables of the experts in a container, by its source, their keys, and how they are picked.
+        containers: the tables of the experts in a container, by its source and their places in it.
         templates: how many templates of each pack were traced, by its id.
     """
 
@@ -50,7 +50,7 @@ class FrameCapture:
     loops: list[RolledIterator] = dataclasses.field(default_factory=list)
     rolled: dict[tuple[str, str], RolledIterator] = dataclasses.field(default_factory=dict)
     tables: dict[int, TableInput] = dataclasses.field(default_factory=dict)
-    containers: dict[tuple[Any, tuple[str, ...], bool], Tables] = dataclasses.field(default_factory=dict)
+    containers: dict[tuple[Any, Places], Tables] = dataclasses.field(default_factory=dict)
     templates: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
@@ -128,10 +128,12 @@ class FrameCapture:
 
     def tables_of(self, experts: ExpertModules, pack: Any) -> Tables:
         """The tables of some experts, guarded on."""
-        place = experts.source, experts.keys, experts.are_attributes
+        place = experts.source, experts.places
         if place not in self.containers:
             tables = self.containers[place] = Tables(experts, pack)
             dynamo_modules.guard_on(experts.source, tables.serve, "the experts' modules and parameters")
+            if not all(other.pack.holds for other in self.containers.values()):
+                self.loops[-1].refuse("parameters of the experts are also those of other experts, in another order")
         return self.containers[place]
 
     def table(self, tx: Any, given: Tables, name: str) -> Any:

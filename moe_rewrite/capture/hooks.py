@@ -53,6 +53,7 @@ def install() -> None:
     for name in ("call_id", "call_hash"):
         if hasattr(dynamo.BuiltinVariable, name):
             dynamo.wrap_method(dynamo.BuiltinVariable, name, _identify)
+    dynamo.wrap_method(dynamo.BuiltinVariable, "call_type", _type_of)
     dynamo.wrap_method(dynamo.BuiltinVariable, "call_len", _length)
     dynamo.wrap_method(*dynamo.getattr_method(), _get_attribute_by_name)
     dynamo.wrap_method(dynamo.BuiltinVariable, "call_zip", _zip)
@@ -324,8 +325,12 @@ def _compare(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
         answer = tx.stack[-2].compared(instruction.argval, tx.stack[-1])
         tx.stack[-2:] = [dynamo.constant(tx, answer)]
         return None
-    compared = tx.stack[-2:] if capture is not None else []
-    if any(map(dynamo_modules.is_of_template, compared)) and not any(map(dynamo_modules.is_none, compared)):
+    compared = [item.realize() for item in tx.stack[-2:]] if capture is not None else []
+    if instruction.opname == "COMPARE_OP" or len({id(item) for item in compared}) == 1:
+        asked = [item for item in compared if not isinstance(item, dynamo.TensorVariable)]
+    else:
+        asked = compared
+    if any(map(dynamo_modules.is_of_template, asked)) and not any(map(dynamo_modules.is_none, compared)):
         assert capture is not None
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
     if capture is not None and any(map(dynamo_modules.is_format, compared)):
@@ -338,6 +343,15 @@ def _identify(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any) -
     capture = _tracing(tx.output)
     if capture is not None and any(map(dynamo_modules.is_of_template, args)):
         capture.loops[-1].refuse("the body asks which of the experts it has", tx)
+    return original(builtin, tx, *args)
+
+
+def _type_of(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any) -> Any:
+    """``type(weight) is nn.Parameter`` in a body: there Dynamo compares sources, and a row of a table has none."""
+    capture = _tracing(tx.output)
+    is_tensor = len(args) == 1 and isinstance(args[0].realize(), dynamo.TensorVariable)
+    if capture is not None and is_tensor and dynamo_modules.is_of_template(args[0]):
+        capture.loops[-1].refuse("the body asks for the class of an expert's parameter", tx)
     return original(builtin, tx, *args)
 
 
@@ -365,11 +379,15 @@ def _look_up(original: Callable[..., Any], table: Any, tx: Any, name: str, args:
 
 
 def _get_attribute(original: Callable[..., Any], tensor: Any, tx: Any, name: str) -> Any:
-    """``weight.grad`` in a body."""
-    capture = _tracing(tx.output) if name in ("grad", "_grad") else None
+    """``weight.grad``, ``weight.is_leaf`` in a body."""
+    capture = _tracing(tx.output) if name in _OF_AUTOGRAD else None
     if capture is not None:
-        capture.loops[-1].refuse("the body asks for a gradient", tx)
+        capture.loops[-1].refuse(f"the body asks for a gradient, or what autograd knows (`{name}`)", tx)
     return original(tensor, tx, name)
+
+
+_OF_AUTOGRAD = ("grad", "_grad", "grad_fn", "is_leaf", "retains_grad", "_base", "_version")
+"""Attributes that an expert's parameter has another value of than a row of a table."""
 
 
 def _get_attribute_by_name(original: Callable[..., Any], builtin: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:

@@ -20,63 +20,101 @@ from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.nodes import is_written_to
 
-_PICKING = ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index")
-"""What decides which module of a container an index picks."""
+_PICKING = {
+    nn.ModuleList: ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index"),
+    nn.ModuleDict: ("__getitem__", "__getattr__", "__len__"),
+    nn.ParameterList: ("__getitem__", "__getattr__", "__getattribute__", "__len__", "_get_abs_string_index"),
+    nn.ParameterDict: ("__getitem__", "__getattr__", "__getattribute__", "_key_to_attr"),
+    nn.Module: ("__getattr__", "__getattribute__"),
+}
+"""What decides which entry of a container an index picks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where in a container the experts are, or their parameters.
+
+    Attributes:
+        keys: their keys, by index.
+        register: what they are registered as: ``"_modules"``, ``"_parameters"`` or ``"_buffers"``.
+        are_attributes: whether the index picks them as attributes, which something else may stand before.
+    """
+
+    keys: tuple[str, ...]
+    register: str = "_modules"
+    are_attributes: bool = False
+
+    @classmethod
+    def of_attributes(cls, holder: nn.Module, names: Sequence[str]) -> Places:
+        """Those of ``getattr(holder, name)``, up to a name that is not in the same register as the first."""
+        first = next((register for register in packing.REGISTERS if names[0] in vars(holder)[register]), "_modules")
+        return cls(tuple(itertools.takewhile(vars(holder)[first].__contains__, names)), first, are_attributes=True)
+
+    def experts(self, container: nn.Module) -> tuple[nn.Module, ...] | None:
+        """What is there, each as a module; None where something is not there, or is not found."""
+        if self.are_attributes:
+            registers = itertools.takewhile(lambda register: register != self.register, packing.REGISTERS)
+            before = (vars(container), *(vars(container)[register] for register in registers))
+            if any(key in there for key in self.keys for there in before):
+                return None
+            if any(hasattr(type(container), key) for key in self.keys):
+                return None
+        return packing.singles(container, self.register, self.keys)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertModules:
-    """Modules that a loop's index picks from.
+    """Modules that a loop's index picks from, or parameters: each of those is a module of one.
 
     Attributes:
         source: where the traced code finds the container that holds them.
-        keys: their keys in it, by index.
+        places: where in it they are, by index.
         modules: the modules, by index.
-        are_attributes: whether the index picks them as attributes, which something else may stand before.
     """
 
     source: Any
-    keys: tuple[str, ...]
+    places: Places
     modules: tuple[nn.Module, ...]
-    are_attributes: bool = False
 
     @classmethod
-    def of_container(cls, tx: Any, container: Any) -> ExpertModules | None:
-        """Those of a ``ModuleList`` (or the like), as its ``[index]`` finds them; None for other variables."""
-        if not dynamo_modules.is_like(container, nn.ModuleList, _PICKING):
-            return None
-        found = dynamo_modules.container_items(tx, container)
-        return None if found is None else cls._of_dict(found, list(map(str, range(len(found[1])))))
+    def of_list(cls, tx: Any, container: Any) -> ExpertModules | None:
+        """Those of a ``ModuleList`` or a ``ParameterList``, as its ``[index]`` finds them; None for other variables."""
+        for kind in (nn.ModuleList, nn.ParameterList):
+            if dynamo_modules.is_like(container, kind, _PICKING[kind]):
+                names = list(map(str, range(len(container.value))))
+                return cls._at(tx, container, names, len(names), are_attributes=kind is nn.ParameterList)
+        return None
 
     @classmethod
     def of_dict(cls, tx: Any, container: Any, keys: list[str], least: int) -> ExpertModules | None:
-        """Those that a ``ModuleDict`` has under ``keys``, up to one that is missing.
+        """Those that a ``ModuleDict`` or a ``ParameterDict`` has under ``keys``, up to one that is missing.
 
         None for other variables, and where there are not ``least``.
         """
-        if not dynamo_modules.is_like(container, nn.ModuleDict, _PICKING):
-            return None
-        return cls._of_dict(dynamo_modules.container_items(tx, container), keys, least)
+        for kind in (nn.ModuleDict, nn.ParameterDict):
+            if dynamo_modules.is_like(container, kind, _PICKING[kind]):
+                return cls._at(tx, container, keys, least, are_attributes=kind is nn.ParameterDict)
+        return None
 
     @classmethod
     def of_attributes(cls, tx: Any, container: Any, names: list[str], least: int) -> ExpertModules | None:
-        """What :meth:`of_dict` says, of the submodules that a module has as attributes called ``names``."""
-        if not dynamo_modules.is_like(container, nn.Module, ("__getattr__", "__getattribute__")):
+        """What :meth:`of_dict` says, of what a module has registered as attributes called ``names``."""
+        if not dynamo_modules.is_like(container, nn.Module, _PICKING[nn.Module]):
             return None
-        found = cls._of_dict(dynamo_modules.container_items(tx, container), names, least)
-        if found is None or not are_attributes(dynamo_modules.module_value(container), found.keys):
-            return None
-        return dataclasses.replace(found, are_attributes=True)
+        return cls._at(tx, container, names, least, are_attributes=True)
 
     @classmethod
-    def _of_dict(
-        cls, found: tuple[Any, dict[str, nn.Module]] | None, keys: list[str], least: int = 1
-    ) -> ExpertModules | None:
-        if found is None:
+    def _at(cls, tx: Any, container: Any, keys: list[str], least: int, are_attributes: bool) -> ExpertModules | None:
+        found = dynamo_modules.unchanged_module(tx, container)
+        if found is None or not keys:
             return None
-        source, modules = found
-        known = tuple(itertools.takewhile(modules.__contains__, keys))
-        return None if len(known) < least else cls(source, known, tuple(modules[key] for key in known))
+        source, module = found
+        if are_attributes:
+            places = Places.of_attributes(module, keys)
+        else:
+            places = Places(tuple(itertools.takewhile(module._modules.__contains__, keys)))
+        modules = None if len(places.keys) < least else places.experts(module)
+        return None if modules is None else cls(source, places, modules)
 
     @classmethod
     def of_items(cls, items: list[Any]) -> ExpertModules | None:
@@ -87,7 +125,7 @@ class ExpertModules:
         places = [dynamo_modules.source_of_item(item) for item in items]
         if any(place is None or place[0] != places[0][0] for place in places):
             return None
-        return cls(places[0][0], tuple(key for _, key in places), tuple(modules))  # type: ignore[arg-type]
+        return cls(places[0][0], Places(tuple(key for _, key in places)), tuple(modules))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -103,17 +141,11 @@ class ExpertModules:
         if id(pack) not in path.templates:
             module = pack.template_of(loop.frame.next_template(pack))
             path.templates[id(pack)] = Template.start(tx, loop, tables, module, self.modules)
-        return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, path.templates[id(pack)].module)
-
-
-def are_attributes(holder: nn.Module | None, names: Sequence[str]) -> bool:
-    """Whether ``getattr(holder, name)`` is the submodule of each name."""
-    if holder is None:
-        return False
-    before = (vars(holder), holder._parameters, holder._buffers)
-    return not any(name in there for name in names for there in before) and not any(
-        hasattr(type(holder), name) for name in names
-    )
+        template = path.templates[id(pack)]
+        if self.places.register != "_modules":
+            (selected,) = template.selected
+            return selected
+        return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, template.module)
 
 
 class Tables:
@@ -135,8 +167,7 @@ class Tables:
         self.source = experts.source
         self.pack = pack
         self.read = torch.compiler.disable(self._read)
-        self._keys = experts.keys
-        self._are_attributes = experts.are_attributes
+        self._places = experts.places
         self._all_keys: tuple[str, ...] | None = None  # of all that is in the container, as the guard first saw it
         self._structure = pack.structure
         self._only: packing.Pack | None = None
@@ -146,16 +177,13 @@ class Tables:
     def serve(self, container: nn.Module) -> bool:
         """Whether the code serves the experts in ``container``. They are packed if they are not."""
         self._served.pop(container, None)
-        modules = container._modules
-        all_keys = tuple(modules)
+        all_keys = tuple(vars(container)[self._places.register])
         if self._all_keys not in (None, all_keys):
             return False
-        if self._are_attributes and not are_attributes(container, self._keys):
+        experts = self._places.experts(container)
+        if experts is None:
             return False
-        experts = [modules.get(key) for key in self._keys]
-        if any(expert is None for expert in experts):
-            return False
-        pack = packing.pack_of(experts, self._structure)  # type: ignore[arg-type]
+        pack = packing.pack_of(experts, self._structure)
         is_other = pack is not self.pack and (self._all_keys is None or self._only is not None)
         if pack is None or is_other:
             return False
@@ -193,17 +221,19 @@ class Template:
     Attributes:
         module: the template.
         tensors: its parameters and buffers.
+        selected: the variables that stand for them.
         is_mixed: whether some of the experts' parameters require a gradient where others' do not.
     """
 
     module: nn.Module
     tensors: tuple[Any, ...]
+    selected: tuple[Any, ...]
     is_mixed: bool
 
     @classmethod
     def start(cls, tx: Any, loop: Any, given: Tables, template: nn.Module, modules: Sequence[nn.Module]) -> Template:
         index = loop.path.index.as_scalar(tx).as_tensor()
-        tensors = []
+        tensors, variables = [], []
         for name in given.pack.names:
             table = loop.frame.table(tx, given, name)
             module_name, _, tensor_name = name.rpartition(".")
@@ -211,8 +241,9 @@ class Template:
             selected = dynamo.call_in_graph(tx, markers.select, [table, 0, index])
             dynamo_modules.stand_in(tx, tensor, selected)
             tensors.append(tensor)
+            variables.append(selected)
         asked = {tuple(parameter.requires_grad for parameter in module.parameters()) for module in modules}
-        return cls(template, tuple(tensors), len(asked) > 1)
+        return cls(template, tuple(tensors), tuple(variables), len(asked) > 1)
 
     def end(self, tx: Any) -> None:
         for tensor in self.tensors:
@@ -227,7 +258,7 @@ def pick_attribute(tx: Any, loop: Any, holder: Any, name: Any) -> Any:
     possible, least = [names(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
     picked = ExpertModules.of_attributes(tx, holder.realize(), possible, least)
     if picked is None:
-        return loop.refuse("the expert's index picks an attribute that is no submodule", tx)
+        return loop.refuse("the expert's index picks an attribute that is no submodule, parameter or buffer", tx)
     return picked.at_index(tx, loop)
 
 
@@ -238,14 +269,16 @@ def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
         possible, least = [name(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
         picked = ExpertModules.of_dict(tx, container, possible, least)
     elif loop.is_index(key):
-        picked = ExpertModules.of_container(tx, container)
+        picked = ExpertModules.of_list(tx, container)
     else:
         return None
     if picked is not None and loop.site is not None and max(loop.path.experts) >= len(picked):
         return loop.refuse(f"the loop goes on after the last of {len(picked)} experts", tx)
     if picked is not None:
         return picked.at_index(tx, loop)
-    return loop.refuse("the expert's index picks from something that is no plain container of modules", tx)
+    return loop.refuse(
+        "the expert's index picks from something that is no plain container of modules or parameters", tx
+    )
 
 
 @dataclasses.dataclass(frozen=True)

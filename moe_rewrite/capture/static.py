@@ -119,6 +119,9 @@ def elements(tx: Any, iterator: Any) -> Elements | None:
         parts = [_of_iterable(tx, part) for part in zipped]
         pair = None if not parts or any(part is None for part in parts) else Tuple(tuple(filter(None, parts)))
         return pair if pair is not None and pair.even else None
+    parameters = dynamo_modules.parameters_iterated(tx, iterator)
+    if parameters is not None:
+        return ExpertModules.of_list(tx, parameters)
     items = dynamo_modules.items_left(iterator)
     return None if not items else _of_items(items)
 

@@ -7,12 +7,14 @@ were, so optimisers, checkpoints and the eager model see nothing of it.
 * ``alike.py``: are the experts the same program with other values?
 * ``table.py``: one buffer for all experts' parameters of one name, and gradients back to each of them.
 * ``watch.py``: is all of this still so?
+* ``single.py``: parameters that no module of their own holds (``nn.ParameterList``).
 * ``structure.py``: what code that was traced for some experts depends on.
 * ``packs.py``: all of these together, and the packs that there are.
 """
 
 from moe_rewrite.packing.alike import NotAlike
 from moe_rewrite.packing.packs import Pack, pack, pack_of
+from moe_rewrite.packing.single import REGISTERS, TENSOR, singles
 from moe_rewrite.packing.structure import Structure
 
-__all__ = ["NotAlike", "Pack", "Structure", "pack", "pack_of"]
+__all__ = ["REGISTERS", "TENSOR", "NotAlike", "Pack", "Structure", "pack", "pack_of", "singles"]

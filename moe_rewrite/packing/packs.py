@@ -196,7 +196,7 @@ class Pack:
         """
         if self._modules_watch is None or self._tensors_watch is None or list(map(id, modules)) != self._ids:
             return False
-        if all(map(Table.holds, self._tables.values())):
+        if self.holds:
             if self._modules_watch.unchanged(modules) and self._tensors_watch.unchanged():
                 return True
             if self._has_own_tensors(modules):  # so only something else is different, and may come back
@@ -208,6 +208,11 @@ class Pack:
     def is_in_place(self) -> bool:
         """Whether the tables hold the parameters, so that their place in memory is the same at each call."""
         return self._moves
+
+    @property
+    def holds(self) -> bool:
+        """Whether the parameters are still in the tables."""
+        return all(map(Table.holds, self._tables.values()))
 
     def release(self) -> None:
         """Let go of the memory that is only there to trace with, until :meth:`table` is called again.
