@@ -52,9 +52,10 @@ class Primitive(enum.Enum):
     INPUT = "input"
     """``INPUT(position)``: one of the loop's inputs."""
     EXPERT_INDEX = "expert_index"
-    """``EXPERT_INDEX()``: the index of the expert, a 0-dim int64 tensor."""
+    """``EXPERT_INDEX()``: the index of the expert, a 0-dim int64 tensor. ``EXPERT_INDEX(first)``: more by that."""
     SELECT_EXPERT = "select_expert"
-    """``SELECT_EXPERT(input, dim)``: ``input.select(dim, expert)``."""
+    """``SELECT_EXPERT(input, dim)``: ``input.select(dim, expert)``. ``SELECT_EXPERT(input, dim, offset)``:
+    ``input.select(dim, expert + offset)``, not negative."""
     COORDINATE = "coordinate"
     """``COORDINATE(axis)``: where the row stands along an axis of the expert ids (its token, its slot), or of the mask
     where that is what says which rows there are; 0 for an axis of None. ``[rows]``."""

@@ -39,6 +39,7 @@ from moe_rewrite.errors import MarkerExecutedError
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("loop_begin(Tensor hits, int path) -> Tensor")
 _LIBRARY.define("select(Tensor input, int dim, Tensor index) -> Tensor")
+_LIBRARY.define("select_shifted(Tensor input, int dim, Tensor index, int offset) -> Tensor")
 _LIBRARY.define("number(Tensor index, int num_values) -> SymInt")
 _LIBRARY.define("condition(Tensor index, Tensor truth, bool taken) -> ()")
 _LIBRARY.define("carry_in(Tensor index, Tensor start) -> Tensor")
@@ -56,6 +57,9 @@ loop_begin = torch.ops.moe_rewrite.loop_begin.default
 
 select = torch.ops.moe_rewrite.select.default
 """``select(input, dim, index)``. ``input.select(dim, index)`` for the symbolic index of a loop."""
+
+select_shifted = torch.ops.moe_rewrite.select_shifted.default
+"""``select_shifted(input, dim, index, offset)``. ``input.select(dim, index + offset)``, never counted from the end."""
 
 number = torch.ops.moe_rewrite.number.default
 """``number(index, num_values) -> int``. ``index.item()``, a number from 0 to ``num_values - 1``."""
@@ -102,7 +106,7 @@ def _refuse_to_run(*_: Any) -> NoReturn:
 
 
 _NAMES = ("loop_begin", "select", "number", "condition", "carry_in", "carry_out", "collect", "loop_end")
-for _name in (*_NAMES, "piece", "collect_rows"):
+for _name in (*_NAMES, "select_shifted", "piece", "collect_rows"):
     _LIBRARY.impl(_name, _refuse_to_run, "CompositeExplicitAutograd")
 
 
@@ -118,6 +122,11 @@ def _(input: Tensor, dim: int, index: Tensor) -> Tensor:
     shape, stride = list(input.shape), list(input.stride())
     del shape[dim], stride[dim]
     return input.new_empty_strided(shape, stride)
+
+
+@torch.library.register_fake("moe_rewrite::select_shifted", lib=_LIBRARY)
+def _(input: Tensor, dim: int, index: Tensor, offset: int) -> Tensor:
+    return select(input, dim, index)
 
 
 @torch.library.register_fake("moe_rewrite::number", lib=_LIBRARY)

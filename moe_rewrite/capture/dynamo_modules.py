@@ -162,6 +162,13 @@ def module_value(variable: Any) -> nn.Module | None:
     return value if isinstance(value, nn.Module) and getattr(variable, "source", None) is not None else None
 
 
+def is_nothing(variable: Any) -> bool:
+    """Whether a variable stands for None, without tracing more of it. torch 2.11, 2.13."""
+    if isinstance(variable, LazyVariableTracker) and not variable.is_realized():
+        return variable.peek_value() is None
+    return is_none(variable.realize())
+
+
 def unchanged_module(tx: Any, variable: Any) -> tuple[Any, nn.Module] | None:
     """The source of a module, and the module.
 
@@ -401,7 +408,8 @@ def is_older(variable: Any, mark: Any) -> bool:
     for other in begin.graph.nodes:
         before = before and other is not begin
         # A row that was picked by the index is a part of something older, though its fake tensor is not.
-        if (before or other.target is markers.select) and (other is node or shares_memory(other, node)):
+        picked = other.target in (markers.select, markers.select_shifted)
+        if (before or picked) and (other is node or shares_memory(other, node)):
             return True
     return False
 

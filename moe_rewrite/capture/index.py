@@ -174,7 +174,8 @@ def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     keys = [_as_number_for_each(tx, item, keys) for item in keys]
     if any(_block(loop, item) for item in keys):
         return _take_block(tx, loop, container, keys)
-    places = [place for place, item in enumerate(keys) if loop.is_index(item) and getattr(item, "ndim", 0) == 0]
+    offsets = [loop.offset_of(item) if getattr(item, "ndim", 0) == 0 else None for item in keys]
+    places = [place for place, offset in enumerate(offsets) if offset is not None]
     if not places:
         return None
     if len(places) > 1:
@@ -186,13 +187,18 @@ def subscript(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     else:  # counted from the end, an ellipsis before the index does not matter
         has_ellipsis = any(dims is None for dims in before)
         dim = container.ndim - sum(dims or 0 for dims in after) - 1 if has_ellipsis else sum(d or 0 for d in before)
-    selected = _select(tx, loop, container, dim)
+    offset = offsets[place] or 0
+    if offset and not _has_entries(container, dim, max(loop.path.experts) + offset + 1):
+        return None
+    selected = loop.select(tx, container, dim, offset)
     rest = [_plain(item) for item in keys[:place] + keys[place + 1 :]]
     return selected if all(map(_is_full_slice, rest)) else dynamo.index(tx, selected, rest)
 
 
-def _select(tx: Any, loop: Any, container: Any, dim: int) -> Any:
-    return dynamo.call_in_graph(tx, markers.select, [container, dim, loop.path.index.as_scalar(tx).as_tensor()])
+def _has_entries(container: Any, dim: int, count: int) -> bool:
+    """Whether a tensor is known to have so many along a dimension."""
+    size = container.as_proxy().node.meta["example_value"].shape[dim]
+    return isinstance(size, int) and size >= count
 
 
 def _block(loop: Any, key: Any) -> tuple[int, int, int] | None:
@@ -219,7 +225,7 @@ def _take_block(tx: Any, loop: Any, container: Any, keys: list[Any]) -> Any:
         return None
     parts = dynamo.tuple_of([dynamo.constant(tx, size // stride), dynamo.constant(tx, stride)])
     blocks = container.call_method(tx, "unflatten", [dynamo.constant(tx, dim), parts], {})
-    own = _select(tx, loop, blocks, dim)
+    own = loop.select(tx, blocks, dim, 0)
     if length == stride:
         return own
     return own.call_method(tx, "narrow", [dynamo.constant(tx, number) for number in (dim, first, length)], {})

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11 and 2.13
 
-from moe_rewrite import markers, packing
+from moe_rewrite import packing
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.nodes import is_written_to
@@ -69,12 +69,12 @@ class ExpertModules:
     Attributes:
         source: where the traced code finds the container that holds them.
         places: where in it they are, by index.
-        modules: the modules, by index.
+        modules: the modules, by index; None where a list has None, for an expert that is held elsewhere.
     """
 
     source: Any
     places: Places
-    modules: tuple[nn.Module, ...]
+    modules: tuple[nn.Module | None, ...]
 
     @classmethod
     def of_list(cls, tx: Any, container: Any) -> ExpertModules | None:
@@ -113,39 +113,74 @@ class ExpertModules:
             places = Places.of_attributes(module, keys)
         else:
             places = Places(tuple(itertools.takewhile(module._modules.__contains__, keys)))
-        modules = None if len(places.keys) < least else places.experts(module)
+        if len(places.keys) < least:
+            return None
+        modules: tuple[nn.Module | None, ...] | None = places.experts(module)
+        if modules is None and not are_attributes:
+            modules = tuple(map(module._modules.__getitem__, places.keys))
         return None if modules is None else cls(source, places, modules)
 
     @classmethod
     def of_items(cls, items: list[Any]) -> ExpertModules | None:
         """Those that a loop iterates, taken out of one container; None for anything else."""
         modules = [dynamo_modules.module_value(item) for item in items]
-        if not modules or any(module is None for module in modules):
+        present = [item for item, module in zip(items, modules, strict=True) if module is not None]
+        places = [dynamo_modules.source_of_item(item) for item in present]
+        if not places or any(place is None or place[0] != places[0][0] for place in places):
             return None
-        places = [dynamo_modules.source_of_item(item) for item in items]
-        if any(place is None or place[0] != places[0][0] for place in places):
-            return None
-        return cls(places[0][0], Places(tuple(key for _, key in places)), tuple(modules))  # type: ignore[arg-type]
+        keys = [key for _, key in places]  # type: ignore[misc]
+        if len(present) < len(items):
+            keys = list(map(str, range(len(items))))
+            alike = (key == at[1] for key, module, at in _beside(keys, modules, places))
+            nothing = (dynamo_modules.is_nothing(i) for i, m in zip(items, modules, strict=True) if m is None)
+            if not all(alike) or not all(nothing):
+                return None
+        return cls(places[0][0], Places(tuple(keys)), tuple(modules))  # type: ignore[index]
 
     def __len__(self) -> int:
         return len(self.modules)
 
-    def at_index(self, tx: Any, loop: Any) -> Any:
-        """The variable of the module at the index of ``loop``."""
-        path = loop.path
+    def at_index(self, tx: Any, loop: Any, offset: int = 0) -> Any:
+        """The variable of the module (the parameter) at the index of ``loop`` plus ``offset``."""
+        if any(module is None for module in self.modules):
+            return self._at_index_if_there(tx, loop, offset)
+        path, modules = loop.path, cast(tuple[nn.Module, ...], self.modules)
         try:
-            pack = packing.pack(self.modules, copy=getattr(loop.frame.session.options, "pack", True))
+            pack = packing.pack(modules, copy=getattr(loop.frame.session.options, "pack", True))
         except packing.NotAlike as error:
             loop.refuse(f"the experts are modules that are not alike: {error}", tx)
         tables = loop.frame.tables_of(self, pack)
-        if id(pack) not in path.templates:
+        if (id(pack), offset) not in path.templates:
             module = pack.template_of(loop.frame.next_template(pack))
-            path.templates[id(pack)] = Template.start(tx, loop, tables, module, self.modules)
-        template = path.templates[id(pack)]
+            path.templates[id(pack), offset] = Template.start(tx, loop, tables, module, modules, offset)
+        template = path.templates[id(pack), offset]
         if self.places.register != "_modules":
             (selected,) = template.selected
             return selected
         return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, template.module)
+
+    def _at_index_if_there(self, tx: Any, loop: Any, offset: int) -> Any:
+        """What :meth:`at_index` says, where some are None: a path of its own."""
+        nones = {key: module is None for key, module in zip(self.places.keys, self.modules, strict=True)}
+
+        def holds(container: nn.Module) -> bool:
+            return {key: container._modules.get(key) is None for key in nones} == nones
+
+        dynamo_modules.guard_on(self.source, holds, "which experts are None")
+        there = [place for place, module in enumerate(self.modules) if module is not None]
+        if loop.decide(lambda index: index + offset < len(self) and self.modules[index + offset] is None):
+            return dynamo.constant(tx, None)
+        if not there or there != list(range(there[0], there[-1] + 1)):
+            loop.refuse("some experts are None, and those that are not do not stand side by side", tx)
+        own = slice(there[0], there[-1] + 1)
+        places = dataclasses.replace(self.places, keys=self.places.keys[own])
+        return ExpertModules(self.source, places, self.modules[own]).at_index(tx, loop, offset - there[0])
+
+
+def _beside(keys: list[str], modules: list[Any], places: list[Any]) -> Iterable[tuple[str, Any, Any]]:
+    """The keys and modules that are not None, each with its place."""
+    present = [(key, module) for key, module in zip(keys, modules, strict=True) if module is not None]
+    return ((key, module, place) for (key, module), place in zip(present, places, strict=True))
 
 
 class Tables:
@@ -231,14 +266,15 @@ class Template:
     is_mixed: bool
 
     @classmethod
-    def start(cls, tx: Any, loop: Any, given: Tables, template: nn.Module, modules: Sequence[nn.Module]) -> Template:
-        index = loop.path.index.as_scalar(tx).as_tensor()
+    def start(
+        cls, tx: Any, loop: Any, given: Tables, template: nn.Module, modules: Sequence[nn.Module], offset: int
+    ) -> Template:
         tensors, variables = [], []
         for name in given.pack.names:
             table = loop.frame.table(tx, given, name)
             module_name, _, tensor_name = name.rpartition(".")
             tensor = getattr(template.get_submodule(module_name), tensor_name)
-            selected = dynamo.call_in_graph(tx, markers.select, [table, 0, index])
+            selected = loop.select(tx, table, 0, offset)
             dynamo_modules.stand_in(tx, tensor, selected)
             tensors.append(tensor)
             variables.append(selected)
@@ -264,18 +300,19 @@ def pick_attribute(tx: Any, loop: Any, holder: Any, name: Any) -> Any:
 
 def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     """``container[key]`` for the index of a loop, or for a name that is made of it; None for other keys."""
-    name = dynamo_modules.names_of(key, loop.is_index)
+    name, offset = dynamo_modules.names_of(key, loop.is_index), loop.offset_of(key)
     if name is not None:
         possible, least = [name(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
         picked = ExpertModules.of_dict(tx, container, possible, least)
-    elif loop.is_index(key):
+    elif offset is not None:
         picked = ExpertModules.of_list(tx, container)
     else:
         return None
-    if picked is not None and loop.site is not None and max(loop.path.experts) >= len(picked):
+    offset = offset or 0
+    if picked is not None and (loop.site is not None or offset) and max(loop.path.experts) + offset >= len(picked):
         return loop.refuse(f"the loop goes on after the last of {len(picked)} experts", tx)
     if picked is not None:
-        return picked.at_index(tx, loop)
+        return picked.at_index(tx, loop, offset)
     return loop.refuse(
         "the expert's index picks from something that is no plain container of modules or parameters", tx
     )

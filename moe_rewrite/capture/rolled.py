@@ -44,7 +44,7 @@ class Path:
         number: the variable of the index as a Python number, once the body has asked for it.
         carried: the variable of each local that one iteration leaves to the next, at the start of the iteration.
         lists: what stands in for each list that the body appends to, by the name of the local variable.
-        templates: the tensors that variables stand in for while this path is traced.
+        templates: what stands for the experts of each pack while this path is traced, by its id and the offset.
         pieces: the contiguous pieces of tensors that the body has taken.
         asked_pieces: the positions of their rows, by the numbers that they stand between.
     """
@@ -62,7 +62,7 @@ class Path:
     number: Any = None
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
     lists: dict[str, CollectingList] = dataclasses.field(default_factory=dict)
-    templates: dict[int, Any] = dataclasses.field(default_factory=dict)
+    templates: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict)
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     asked_pieces: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
@@ -292,6 +292,23 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             return variable.iterator is self
         number = self.path.number if self.path is not None else None
         return number is not None and dynamo.is_same_number(variable, number)
+
+    def offset_of(self, variable: Any) -> int | None:
+        """``b`` where ``variable`` is the loop's index plus ``b``; None for others, and where it may be negative."""
+        if self.is_index(variable):
+            return 0
+        steps = None if self.path is None or self.path.number is None else dynamo.steps_of(variable, self.path.number)
+        if steps is None or self.path is None or steps[0] != 1 or min(self.path.experts) + steps[1] < 0:
+            return None
+        return steps[1]
+
+    def select(self, tx: Any, container: Any, dim: int, offset: int) -> Any:
+        """``container.select(dim, index + offset)`` in the graph."""
+        assert self.path is not None
+        index = self.path.index.as_scalar(tx).as_tensor()
+        if not offset:
+            return dynamo.call_in_graph(tx, markers.select, [container, dim, index])
+        return dynamo.call_in_graph(tx, markers.select_shifted, [container, dim, index, offset])
 
     def is_made_of_index(self, variable: Any) -> bool:
         """Whether ``variable`` is the loop's index, or a number that depends on nothing else, such as ``index + 1``."""

@@ -170,12 +170,14 @@ class Lifted:
         if step.op is Primitive.EXPERT_INDEX:
             shape = getattr(step.result.example, "shape", ())
             dtype = getattr(step.result.example, "dtype", torch.int64)
-            return torch.arange(num_experts, dtype=dtype, device=self.loop.device).reshape(num_experts, *shape)
+            numbers = torch.arange(num_experts, dtype=dtype, device=self.loop.device).reshape(num_experts, *shape)
+            return numbers + step.args[0] if step.args else numbers
         if step.op is Primitive.SELECT_EXPERT:
             table, dim = self._values[step.args[0]], step.args[1]
             table = table.movedim(dim, 0) if dim else table
             size = table.shape[0]  # that of a `bincount` is not known when compiling
-            return table if isinstance(size, int) and size == num_experts else table.narrow(0, 0, num_experts)
+            whole = isinstance(size, int) and size == num_experts
+            return table if whole else table.narrow(0, step.args[2] if len(step.args) > 2 else 0, num_experts)
         if not isinstance(step.op, torch._ops.OpOverload) and step.op is not operator.getitem:
             args, kwargs = self._arguments(step)  # arithmetic on the number of the expert
             return step.op(*args, **kwargs)  # type: ignore[operator]

@@ -35,6 +35,7 @@ from moe_rewrite.recognise.hits import hit_mask, length_of_range
 from moe_rewrite.recognise.membership import EXPERT, Form
 from moe_rewrite.recognise.origins import origin_of
 from moe_rewrite.recognise.pieces import REASON
+from moe_rewrite.recognise.rebase import rebased
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
@@ -272,7 +273,7 @@ def _loop(
         raise Refused("something besides rows comes of each expert, and not every expert is visited in the same way")
     if any(count != num_experts for _, count in effects.collected):
         raise Refused("the list does not get one entry of each expert")
-    return loop
+    return rebased(loop)
 
 
 def _changed_positions(program: RowProgram) -> set[int]:
@@ -424,12 +425,12 @@ def _experts(region: Region, steps: tuple[Step, ...]) -> tuple[tuple[range, ...]
     limit = None
     for step in steps:
         if step.op is Primitive.SELECT_EXPERT:
-            size = step.args[0].example.shape[step.args[1]]
-            if rules.at_least(size, max(r.stop for r in region.experts)):
+            size, offset = step.args[0].example.shape[step.args[1]], sum(step.args[2:])
+            if rules.at_least(size, max(r.stop for r in region.experts) + offset):
                 continue
             if not isinstance(size, int):
                 raise Refused(f"the number of experts in `{step.args[0]}` is not known when compiling")
-            limit = size if limit is None else min(limit, size)
+            limit = size - offset if limit is None else min(limit, size - offset)
     clipped = [range(r.start, r.stop if limit is None else min(r.stop, limit)) for r in region.experts]
     experts = tuple(r for r in clipped if len(r))
     if experts != region.experts and length_of_range(region.hits) is not None:

@@ -483,6 +483,8 @@ def _root(node: Any) -> Any:
 
 
 def _selects_expert(node: fx.Node) -> bool:
+    if node.target is markers.select_shifted:
+        return True
     return node.target is markers.select or (node.target is aten.select.int and is_index_number(node.args[2]))
 
 

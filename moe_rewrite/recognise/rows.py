@@ -77,6 +77,10 @@ class RowProgram:
             return self.effects.marker(node)
         if node.target is markers.select or (node.target is aten.select.int and is_index_number(node.args[2])):
             return self._select(node)
+        if node.target is markers.select_shifted:
+            if self.effects.is_accumulator(node):
+                raise Refused("the part of another expert is written to", node)
+            return self._select(node)
         if node.target is aten.nonzero.default:
             return self._nonzero(node)
         if self._is_coordinate(node):
@@ -138,7 +142,8 @@ class RowProgram:
             return self.effects.read(node)
         if source.kind is not Kind.INVARIANT:
             raise Refused("something that depends on the expert is indexed by the expert", node)
-        return self.step(node, Kind.PER_EXPERT, Primitive.SELECT_EXPERT, source, dim % source.example.dim())
+        offset = node.args[3:] if node.target is markers.select_shifted else ()
+        return self.step(node, Kind.PER_EXPERT, Primitive.SELECT_EXPERT, source, dim % source.example.dim(), *offset)
 
     # --- which rows ------------------------------------------------------------------------------------------------
 
