@@ -24,7 +24,7 @@ TESTED_TORCH = ("2.11", "2.13")
 """The range of torch versions that the tests were run with."""
 
 try:
-    from moe_rewrite.capture import dynamo, frames, hooks
+    from moe_rewrite.capture import dynamo_calls, frames, hooks
     from moe_rewrite.capture.modules import writes_into
 
     _unavailable = ""
@@ -258,8 +258,8 @@ def start_session(wrapper: Any) -> Session:
         memory = wrapper._moe_rewrite_memory = Memory()
         _check_torch_version(memory)
     # The frame's own module may stand below it: Dynamo passes over frames that it gave up, also for another compiler.
-    memory.locate(dynamo.compiled_module(wrapper))
-    code, arguments = dynamo.traced_frame()
+    memory.locate(dynamo_calls.compiled_module(wrapper))
+    code, arguments = dynamo_calls.traced_frame()
     memory.codes[id(code)] = code
     name, module = _module_among(arguments)
     module = getattr(wrapper, "exported", module)  # torch.export puts a module of its own around it
@@ -267,7 +267,7 @@ def start_session(wrapper: Any) -> Session:
     session = Session(options, root, module, path, memory)
     if module is not None and session.is_particular():
         memory.particular.setdefault(module, set()).add(id(code))
-        dynamo.guard_identity(name)
+        dynamo_calls.guard_identity(name)
     return session
 
 
@@ -284,21 +284,21 @@ def _convert_frame(original: Callable[..., Any], converter: Any, frame: Any, *ar
 
     Layers are often of one class, and one of them may be configured to stay as it is.
     """
-    wrapper = dynamo.compiler_wrapper(converter)
+    wrapper = dynamo_calls.compiler_wrapper(converter)
     if not is_ours(wrapper):
         return original(converter, frame, *args, **kwargs)
     module, code = _module_among(frame.f_locals)[1], id(frame.f_code)
     memory = _memory(wrapper)
     if module is not None and memory is not None and code in memory.given_up.get(module, ()):
-        return dynamo.given_up_once()
+        return dynamo_calls.given_up_once()
     result = original(converter, frame, *args, **kwargs)
     memory = _memory(wrapper)
     if module is None or memory is None or code not in memory.particular.get(module, ()):
         return result
-    if not dynamo.is_given_up(result):
+    if not dynamo_calls.is_given_up(result):
         return result
     memory.given_up.setdefault(module, set()).add(code)
-    return dynamo.given_up_once()
+    return dynamo_calls.given_up_once()
 
 
 def traced_codes(wrapper: Any) -> list[types.CodeType]:
@@ -347,8 +347,8 @@ def _number(version: str) -> tuple[int, ...]:
 if not _unavailable:
     frames.install(is_ours, start_session)
     hooks.install()
-    dynamo.on_convert_frame(_convert_frame)
-    dynamo.on_compile(_check_options)
+    dynamo_calls.on_convert_frame(_convert_frame)
+    dynamo_calls.on_compile(_check_options)
 else:
     warnings.warn(
         f"moe_rewrite cannot hook into the Dynamo of torch {torch.__version__} ({_unavailable}): experts loops are "

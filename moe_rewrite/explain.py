@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.utils import _pytree as pytree
 
 from moe_rewrite.backend import Memory, is_ours, moe_rewrite, other_implementation, traced_codes
-from moe_rewrite.capture import dynamo
+from moe_rewrite.capture import dynamo_calls
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.report import LoopReport
 
@@ -70,7 +70,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, fake_mode), (args, kwargs))
     memory, notes = Memory(explains=True), []
     compiled = torch.compile(fake_model, backend=moe_rewrite, options=options)
-    wrapper = dynamo.compiled_with(compiled)
+    wrapper = dynamo_calls.compiled_with(compiled)
     wrapper._moe_rewrite_memory = memory
     try:
         with fake_mode:
@@ -79,7 +79,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         what = str(error).strip().splitlines()
         notes.append(f"tracing ended at: {type(error).__name__}: {what[0] if what else ''}")
     finally:
-        dynamo.forget(wrapper, traced_codes(wrapper))
+        dynamo_calls.forget(wrapper, traced_codes(wrapper))
     other = other_implementation(model)
     if other is not None and not memory.reports:
         notes.append(other)
@@ -94,7 +94,7 @@ class _FakeRun(FakeTensorMode):  # type: ignore[misc]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.unbind.int and not dynamo.is_tracing():
+        if func is torch.ops.aten.unbind.int and not dynamo_calls.is_tracing():
             tensor, dim = args[0], args[1] if len(args) > 1 else 0
             if free_unbacked_symbols(tensor.shape[dim]):
                 return ()
@@ -103,7 +103,7 @@ class _FakeRun(FakeTensorMode):  # type: ignore[misc]
 
 def model_and_options(model: object, name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The module that was given to function ``name``, and the options that it was compiled with, if it was."""
-    wrapper = dynamo.compiled_with(model)
+    wrapper = dynamo_calls.compiled_with(model)
     if wrapper is not None:
         if not is_ours(wrapper):
             raise MoeRewriteError(f"{name} got a model that is compiled with another backend; give it the model itself")
@@ -114,7 +114,7 @@ def model_and_options(model: object, name: str) -> tuple[nn.Module, dict[str, An
         raise MoeRewriteError(
             f"{name} takes an nn.Module or what torch.compile made of one, got {type(model).__name__}"
         )
-    in_place = dynamo.compiled_in_place_with(model)
+    in_place = dynamo_calls.compiled_in_place_with(model)
     return model, _options(in_place) if in_place is not None and is_ours(in_place) else {}
 
 

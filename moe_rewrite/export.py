@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from moe_rewrite.backend import Memory, moe_rewrite
-from moe_rewrite.capture import dynamo, frames
+from moe_rewrite.capture import dynamo, dynamo_calls, frames
 from moe_rewrite.capture.modules import TableInput
 from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError
@@ -225,8 +225,8 @@ def _attribute(gm: fx.GraphModule, name: str) -> Any:
 
 def _run_frame(original: Callable[..., Any], tx: Any) -> Any:
     export: _Export | None = getattr(_active, "export", None)
-    if export is not None and dynamo.is_exported(tx):
-        dynamo.set_compiler(tx, _Compiler(export, dynamo.compiler(tx)))
+    if export is not None and dynamo_calls.is_exported(tx):
+        dynamo_calls.set_compiler(tx, _Compiler(export, dynamo_calls.compiler(tx)))
     return original(tx)
 
 

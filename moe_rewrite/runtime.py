@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from moe_rewrite.backend import is_ours, traced_codes
-from moe_rewrite.capture import dynamo
+from moe_rewrite.capture import dynamo_calls
 from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.errors import MoeRewriteError
 
@@ -61,14 +61,14 @@ def set_experts_backend(compiled_model: nn.Module, mapping: Mapping[str, str] | 
         options = {**kwargs.get("options", {}), "experts": wanted.as_dict()}
         if "mode" in kwargs:
             options["mode"] = kwargs["mode"]
-        known[wanted] = dynamo.wrapper_like(current, options)
+        known[wanted] = dynamo_calls.wrapper_like(current, options)
     for wrapper in known.values():
         for code in traced_codes(wrapper):
-            dynamo.trace_again(code)
-    if dynamo.compiled_with(compiled_model) is not None:
-        dynamo.compile_again(compiled_model, known[wanted])
+            dynamo_calls.trace_again(code)
+    if dynamo_calls.compiled_with(compiled_model) is not None:
+        dynamo_calls.compile_again(compiled_model, known[wanted])
     else:
-        dynamo.compile_in_place_again(compiled_model, known[wanted])
+        dynamo_calls.compile_in_place_again(compiled_model, known[wanted])
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _options(wrapper: Any) -> Options:
 
 
 def _wrapper(compiled_model: object) -> Any:
-    wrapper = dynamo.compiled_with(compiled_model) or dynamo.compiled_in_place_with(compiled_model)
+    wrapper = dynamo_calls.compiled_with(compiled_model) or dynamo_calls.compiled_in_place_with(compiled_model)
     if wrapper is None or not is_ours(wrapper):
         raise MoeRewriteError(
             f"expected what torch.compile(model, backend='moe_rewrite') returns, or a module after "

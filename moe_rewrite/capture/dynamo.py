@@ -1,7 +1,8 @@
-"""Everything this package uses of ``torch._dynamo``, and nothing else.
+"""What this package uses of ``torch._dynamo``: variables, graph values, side effects, and how methods are wrapped.
 
 All of it is private API. Each use names the versions of torch in which it was seen to work; when torch moves, this
-is the file to mend.
+is the file to mend, with ``dynamo_modules.py`` (modules, guards, sources), ``dynamo_code.py`` (bytecode) and
+``dynamo_calls.py`` (calls of ``torch.compile``). Nothing else uses private API of it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import contextlib
 import dataclasses
 import dis
 import functools
-import itertools
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -20,8 +19,6 @@ import torch
 
 # The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13.
 from torch._dynamo import current_scope_id
-from torch._dynamo.bytecode_transformation import Instruction
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import (
     RestartAnalysis,
     ShortenTraceback,
@@ -97,13 +94,6 @@ def error_shown_as_is(error: Exception) -> Exception:
     return shown
 
 
-def compiler_wrapper(compiler_fn: Any) -> Any:
-    """The object that ``torch.compile`` made of ``backend=``, out of Dynamo's debug wrappers. torch 2.11, 2.13."""
-    while hasattr(compiler_fn, "_torchdynamo_orig_backend"):
-        compiler_fn = compiler_fn._torchdynamo_orig_backend
-    return compiler_fn
-
-
 # --- what a frame is made of -----------------------------------------------------------------------------------------
 
 
@@ -124,22 +114,6 @@ def abandon(tx: Any) -> None:
     tx.output.mark_bytecode_tracing_stop()
 
 
-def is_for_loop_over(tx: Any, iterator: Any) -> bool:
-    """Whether ``tx`` is right now at the head of ``for ... in iterator``, outside a generator. torch 2.11, 2.13."""
-    generator_flags = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
-    return (
-        tx.current_instruction.opname == "FOR_ITER"
-        and bool(tx.stack)
-        and tx.stack[-1] is iterator
-        and not tx.f_code.co_flags & generator_flags
-    )
-
-
-def is_get_iter(tx: Any) -> bool:
-    """Whether ``tx`` executes the ``iter()`` that a ``for`` statement makes. torch 2.11, 2.13."""
-    return bool(tx.current_instruction.opname == "GET_ITER")
-
-
 def local_variables(tx: Any) -> dict[str, Any]:
     """The frame's local variables by name. torch 2.11, 2.13."""
     return dict(tx.symbolic_locals)
@@ -147,121 +121,6 @@ def local_variables(tx: Any) -> dict[str, Any]:
 
 def set_local_variable(tx: Any, name: str, variable: Any) -> None:
     tx.symbolic_locals[name] = variable
-
-
-def loop_site(tx: Any) -> tuple[Any, int]:
-    """What tells one ``for`` from all others: its code and where in it the head is. torch 2.11, 2.13."""
-    return tx.f_code, tx.current_instruction.offset
-
-
-def is_of_torch(tx: Any) -> bool:
-    """Whether the code that is being traced is torch's own. torch 2.11, 2.13."""
-    return "/torch/" in tx.f_code.co_filename
-
-
-def loop_body(tx: Any) -> list[Instruction]:
-    """The instructions of the body of the ``for`` whose head is being traced. torch 2.11, 2.13."""
-    position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
-    head = tx.current_instruction
-    end = position[id(head.target)]
-    return list(tx.instructions[position[id(head)] + 1 : end])
-
-
-def names_stored(body: list[Instruction]) -> dict[str, list[Instruction]]:
-    """The local variables that a body stores, each with the instructions before its stores. torch 2.11, 2.13."""
-    stored: dict[str, list[Instruction]] = {}
-    for before, instruction in zip([body[0], *body], body, strict=False):
-        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-        if "STORE_FAST" in instruction.opname:
-            # Of STORE_FAST_LOAD_FAST and STORE_FAST_STORE_FAST (Python 3.13) both names are taken as stored.
-            for name in names:
-                stored.setdefault(name, []).append(before)
-    return stored
-
-
-def times_loaded(body: list[Instruction], name: str) -> int:
-    """How often a body loads a local variable. torch 2.11, 2.13."""
-    loads = [instruction.argval for instruction in body if "LOAD_FAST" in instruction.opname]
-    return sum(argument.count(name) if isinstance(argument, tuple) else argument == name for argument in loads)
-
-
-FIRST_IN_PLACE = 13
-"""CPython's ``NB_INPLACE_ADD``: ``NB_ADD`` is 0, and the others follow in the same order."""
-
-
-def is_in_place(instruction: Instruction) -> bool:
-    """Whether an instruction is ``+=`` or the like (CPython's ``NB_INPLACE_*``). torch 2.11, 2.13."""
-    return instruction.opname == "BINARY_OP" and FIRST_IN_PLACE <= (instruction.arg or 0) <= 25
-
-
-def is_comprehension(body: list[Instruction]) -> bool:
-    """Whether a body is that of a list comprehension. torch 2.11, 2.13."""
-    return len(body) > 1 and body[-2].opname == "LIST_APPEND" and body[-1].opname.startswith("JUMP")
-
-
-def below_iterator(tx: Any) -> Any:
-    """What stands on the stack below the iterator of a loop, at its head: the list that a comprehension makes."""
-    return tx.stack[-2].realize() if len(tx.stack) > 1 else None
-
-
-def set_below_iterator(tx: Any, variable: Any) -> None:
-    tx.stack[-2] = variable
-
-
-def takes_slices(body: list[Instruction]) -> bool:
-    """Whether a body has a slice in it. torch 2.11, 2.13."""
-    return any(i.opname in ("BUILD_SLICE", "BINARY_SLICE", "STORE_SLICE") for i in body)
-
-
-def appended_to(body: list[Instruction]) -> list[str]:
-    """The local variables ``name`` of which a body takes ``name.append``. torch 2.11, 2.13."""
-    pairs = itertools.pairwise(body)
-    return [
-        before.argval
-        for before, taken in pairs
-        if taken.opname in ("LOAD_METHOD", "LOAD_ATTR")
-        and taken.argval == "append"
-        and before.opname.startswith("LOAD_FAST")
-        and isinstance(before.argval, str)
-    ]
-
-
-def methods_called(body: list[Instruction]) -> set[str]:
-    """The names of the attributes that a body takes. torch 2.11, 2.13."""
-    return {str(i.argval) for i in body if i.opname in ("LOAD_METHOD", "LOAD_ATTR")}
-
-
-_NEVER_FALLS_THROUGH = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
-
-
-def is_live(tx: Any, name: str) -> bool:
-    """Whether local variable ``name`` may still be read, unchanged, from the current instruction on.
-
-    Dynamo's own ``livevars_analysis`` calls every variable of a body with a ``continue`` live. torch 2.11, 2.13.
-    """
-    position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
-    waiting, seen = [position[id(tx.current_instruction)]], set()
-    while waiting:
-        i = waiting.pop()
-        if i in seen or i >= len(tx.instructions):
-            continue
-        seen.add(i)
-        instruction = tx.instructions[i]
-        if instruction.exn_tab_entry is not None:
-            handler = position[id(instruction.exn_tab_entry.target)]
-            # That of a `with` block raises the exception again, as far as the contexts go that Dynamo traces.
-            if not any(i.opname == "WITH_EXCEPT_START" for i in tx.instructions[handler : handler + 2]):
-                waiting.append(handler)
-        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-        if name in names and "FAST" in instruction.opname:
-            if "LOAD" in instruction.opname:
-                return True
-            continue  # stored or deleted: what it held does not matter on this path
-        if isinstance(instruction.target, Instruction):
-            waiting.append(position[id(instruction.target)])
-        if not instruction.opname.startswith(_NEVER_FALLS_THROUGH):
-            waiting.append(i + 1)
-    return False
 
 
 def user_location(tx: Any) -> str:
@@ -469,35 +328,6 @@ def truth_of_sizes(variable: Any, output: Any, is_some: dict[Any, bool]) -> bool
     return bool(bounds.lower) if bounds.is_singleton() else None
 
 
-# --- compiled modules ------------------------------------------------------------------------------------------------
-
-
-def compiled_with(module: Any) -> Any:
-    """The object that ``torch.compile`` made of ``backend=`` for a compiled module; None for anything else.
-
-    torch 2.11, 2.13.
-    """
-    if not isinstance(module, OptimizedModule):
-        return None
-    return compiler_wrapper(module.dynamo_ctx.callback)
-
-
-def compile_again(module: Any, wrapper: Any) -> None:
-    """Compile a compiled module with another ``wrapper`` from its next call on. torch 2.11, 2.13.
-
-    What was compiled before is kept, and used again once an equal wrapper comes back.
-    """
-    context = module.dynamo_ctx
-    fresh = torch._dynamo.optimize(backend=wrapper, nopython=context.fullgraph, dynamic=wrapper.dynamic)
-    module.dynamo_ctx = fresh
-    module._initialize()
-
-
-def wrapper_like(wrapper: Any, options: dict[str, Any]) -> Any:
-    """A wrapper of the same compiler backend with other options. torch 2.11, 2.13."""
-    return torch._TorchCompileWrapper(wrapper.compiler_fn, None, options, wrapper.dynamic)
-
-
 def condition_on(variable: Any, number: Any) -> Callable[[int], bool] | None:
     """A symbolic condition as a function of the value of ``number``, where it depends on nothing else.
 
@@ -585,136 +415,3 @@ def wrap_method(cls: type | types.ModuleType, name: str, wrapper: Callable[..., 
     method.__doc__ = original.__doc__
     method._moe_rewrite_wrapper = wrapper  # type: ignore[attr-defined]
     setattr(cls, name, method)
-
-
-# --- which call of torch.compile a frame belongs to, and whether it is traced at all --------------------------------
-
-
-def compiled_module(wrapper: Any) -> torch.nn.Module | None:
-    """The module whose compiled call is running: that of ``torch.compile(module)``, ``module.compile()`` or
-    ``torch.compile(module.method)`` which made ``wrapper``. None for other functions. torch 2.11, 2.13.
-
-    The frame that is being traced may be of a function far below: Dynamo passes over frames that it once gave up.
-    """
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == torch._dynamo.eval_frame.__file__:
-            variables = frame.f_locals
-            if compiler_wrapper(variables.get("callback")) is wrapper:
-                fn = variables.get("fn")
-                wrapped = getattr(fn, "__wrapped__", None)  # where Dynamo put a frame of its own around it
-                owners = (getattr(fn, "__self__", None), wrapped, getattr(wrapped, "__self__", None))
-                return next((owner for owner in owners if isinstance(owner, torch.nn.Module)), None)
-        frame = frame.f_back
-    return None
-
-
-def traced_frame() -> tuple[types.CodeType, dict[str, Any]]:
-    """The code and the arguments of the frame that this thread is about to trace. torch 2.11, 2.13."""
-    tx = InstructionTranslator.current_tx()
-    return tx.f_code, tx.f_locals
-
-
-def trace_again(code: types.CodeType) -> None:
-    """Let Dynamo look at the frames of ``code`` again if it gave them up. What is compiled is kept. torch 2.11, 2.13.
-
-    Dynamo gives up a frame with a graph break in a ``for`` statement for good, and for all compiler backends. One that
-    gives it up as well traces it once more at its next call.
-    """
-    eval_frame = torch._dynamo.eval_frame
-    default = eval_frame.FrameAction.DEFAULT
-    eval_frame.set_code_exec_strategy(code, eval_frame.FrameExecStrategy(default, default))
-
-
-def guard_identity(name: str) -> None:
-    """What is compiled of the frame that is being traced is to serve the object in its argument ``name`` alone.
-
-    Otherwise Dynamo takes it for every other object that looks the same, such as the next layer. torch 2.11, 2.13.
-    """
-    in_cell = name in InstructionTranslator.current_tx().f_code.co_cellvars
-    source = torch._dynamo.source.LocalSource(name, is_input=True, is_derefed_cell_contents=in_cell)
-    torch._dynamo.guards.install_guard(source.make_guard(torch._dynamo.guards.GuardBuilder.ID_MATCH))
-
-
-def on_convert_frame(hook: Callable[..., Any]) -> None:
-    """Have ``hook(original, converter, frame, *args)`` called for each frame that Dynamo may give up, to convert it.
-
-    ``converter`` leads to the :func:`compiler_wrapper`; ``original`` returns a result for :func:`is_given_up`.
-    torch 2.11, 2.13.
-    """
-    wrap_method(torch._dynamo.convert_frame.ConvertFrame, "__call__", hook)
-
-
-def on_compile(hook: Callable[..., Any]) -> None:
-    """Have ``hook(original, compiler)`` called for each ``torch.compile``, with what it made of its ``backend=``.
-
-    It is called before anything is traced, also where this package is imported by that call. torch 2.11, 2.13.
-    """
-    wrap_method(torch._dynamo.eval_frame, "get_compiler_fn", hook)
-
-
-def is_given_up(result: Any) -> bool:
-    """Whether converting a frame gave nothing, so that no frame of its code is traced again. torch 2.11, 2.13."""
-    skip = torch._dynamo.types.FrameAction.SKIP
-    return result.guarded_code is None and bool(result.frame_exec_strategy.cur_action == skip)
-
-
-def given_up_once() -> Any:
-    """The result of converting a frame that is given up this time, but not all frames of its code. torch 2.11, 2.13."""
-    return torch._dynamo.types.ConvertFrameReturn(apply_to_code=False)
-
-
-def forget(wrapper: Any, codes: list[types.CodeType]) -> None:
-    """Drop what was compiled for ``wrapper``, and that frames were given up, as if it had never been traced.
-
-    Code that something else is compiled for as well is left alone: it could only be dropped together. torch 2.11, 2.13.
-    """
-    eval_frame = torch._dynamo.eval_frame
-    for code in codes:
-        if all(compiler_wrapper(entry.backend) is wrapper for entry in eval_frame._debug_get_cache_entry_list(code)):
-            eval_frame.reset_code(code)
-
-
-def compiled_in_place_with(module: Any) -> Any:
-    """What :func:`compiled_with` says, for a module after ``module.compile()``. torch 2.11, 2.13."""
-    context = _context_in_place(module)
-    return None if context is None else compiler_wrapper(context.callback)
-
-
-def compile_in_place_again(module: torch.nn.Module, wrapper: Any) -> None:
-    """What :func:`compile_again` does, for a module after ``module.compile()``. torch 2.11, 2.13."""
-    fullgraph = _context_in_place(module).fullgraph
-    fresh = torch._dynamo.optimize(backend=wrapper, nopython=fullgraph, dynamic=wrapper.dynamic)
-    module._compiled_call_impl = fresh(module._call_impl)
-
-
-def _context_in_place(module: Any) -> Any:
-    """The context that ``torch.compile`` made for ``module.compile()``; None for anything else."""
-    call = vars(module).get("_compiled_call_impl") if isinstance(module, torch.nn.Module) else None
-    closure = getattr(call, "__closure__", None) or ()
-    names = call.__code__.co_freevars if closure else ()  # type: ignore[union-attr]
-    contexts = (cell.cell_contents for name, cell in zip(names, closure, strict=True) if name == "self")
-    return next((context for context in contexts if hasattr(context, "callback")), None)
-
-
-# --- torch.export, which traces with Dynamo, too ---------------------------------------------------------------------
-
-
-def is_exported(tx: Any) -> bool:
-    """Whether the frame that ``tx`` traces is that of a module in strict ``torch.export.export``. torch 2.11, 2.13."""
-    return bool(tx.output.export)
-
-
-def compiler(tx: Any) -> Any:
-    """What the graph of the frame that ``tx`` traces is handed to. torch 2.11, 2.13."""
-    return tx.output.compiler_fn
-
-
-def set_compiler(tx: Any, compiler_fn: Any) -> None:
-    """Hand the graph of the frame that ``tx`` traces to something else. torch 2.11, 2.13."""
-    tx.output.compiler_fn = compiler_fn
-
-
-def is_tracing() -> bool:
-    """Whether this thread is inside of the compilation of a frame. torch 2.11, 2.13."""
-    return torch._guards.TracingContext.try_get() is not None

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.capture import dynamo, dynamo_calls, dynamo_modules
 from moe_rewrite.capture.modules import ExpertModules, Places, TableInput, Tables
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
@@ -140,7 +140,7 @@ class FrameCapture:
         """The variable of the table that holds the alike modules' parameters called ``name``."""
         tensor = given.pack.table(name)
         if id(tensor) not in self.tables:
-            if dynamo.is_exported(tx):  # one model, whose parameters are attributes of the graph's module
+            if dynamo_calls.is_exported(tx):  # one model, whose parameters are attributes of the graph's module
                 variable = dynamo_modules.global_variable(tx, "moe_rewrite_table", tensor)
             else:
                 variable = dynamo_modules.input_from(tx, given.source, given.read, name, tensor, given.pack.is_in_place)
@@ -166,7 +166,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
     """
 
     def run_frame(original: Callable[..., Any], tx: Any) -> Any:
-        wrapper = dynamo.compiler_wrapper(tx.output.compiler_fn)
+        wrapper = dynamo_calls.compiler_wrapper(tx.output.compiler_fn)
         if not is_ours(wrapper):
             return original(tx)
         try:

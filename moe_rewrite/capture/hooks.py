@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moe_rewrite.capture import dynamo, dynamo_modules, static
+from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules, static
 from moe_rewrite.capture.frames import FrameCapture, current, report_refused
 from moe_rewrite.capture.index import ExpertIndexVariable, subscript, truth
 from moe_rewrite.capture.lists import CollectingList, CountOfPieces, concatenated, rows_of_all
@@ -170,7 +170,7 @@ def _over_hits(tx: Any, capture: FrameCapture, hits: Any, item: Any = None) -> R
     capture.rolled[path, location] = loop
     if capture.session.leaves_alone(path):
         loop.refuse("experts backend 'eager' is configured for it")
-    if not dynamo.is_get_iter(tx):
+    if not dynamo_code.is_get_iter(tx):
         loop.refuse("the hits are iterated by something other than a plain `for` statement")
     return loop
 
@@ -453,7 +453,7 @@ def _advance_iterator(original: Callable[..., Any], iterator: Any, tx: Any) -> A
             capture.loops[-1].refuse("the body advances an iterator that was made before the loop", tx)
         return original(iterator, tx)
     capture = current()
-    if capture is None or capture.tx.output is not tx.output or not dynamo.is_for_loop_over(tx, iterator):
+    if capture is None or capture.tx.output is not tx.output or not dynamo_code.is_for_loop_over(tx, iterator):
         return original(iterator, tx)
     loop = None if getattr(iterator, "moe_rewrite_seen", False) else roll(tx, capture, iterator)
     iterator.moe_rewrite_seen = True
@@ -470,8 +470,8 @@ def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None
     Nothing says beforehand that such a loop goes over experts. Those that plainly do not, or cannot be rolled, are left
     out here; others are tried, and the frame is traced again where that fails.
     """
-    site = dynamo.loop_site(tx)
-    if not capture.rolls or site in capture.unrolled or dynamo.is_of_torch(tx):
+    site = dynamo_code.loop_site(tx)
+    if not capture.rolls or site in capture.unrolled or dynamo_code.is_of_torch(tx):
         return None
     path = capture.session.full_path(clean_path(dynamo.module_stack_path(tx)))
     location = dynamo.user_location(tx)

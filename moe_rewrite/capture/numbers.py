@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
-from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules
 from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
 from moe_rewrite.recognise.bounds import upper_bound
 from moe_rewrite.recognise.running import PASSES_INTEGERS, TOTAL
@@ -239,10 +239,10 @@ def arithmetic(original: Callable[..., Any], tx: Any, loop: RolledIterator, inst
     if not any(map(is_marked, operands)):
         original(tx, instruction)
         return
-    if not all(plain) and (dynamo.is_in_place(instruction) or not all(map(_takes_numbers_alike, operands))):
+    if not all(plain) and (dynamo_code.is_in_place(instruction) or not all(map(_takes_numbers_alike, operands))):
         loop.refuse("the body computes with a number that is read from a tensor in a way that is not understood", tx)
-    if dynamo.is_in_place(instruction) and is_marked(operands[0]):
-        instruction = dataclasses.replace(instruction, arg=instruction.arg - dynamo.FIRST_IN_PLACE)
+    if dynamo_code.is_in_place(instruction) and is_marked(operands[0]):
+        instruction = dataclasses.replace(instruction, arg=instruction.arg - dynamo_code.FIRST_IN_PLACE)
     original(tx, instruction)
     if all(plain):
         result = tx.stack[-1].realize()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from moe_rewrite import markers
-from moe_rewrite.capture import dynamo, dynamo_modules, static
+from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules, static
 from moe_rewrite.capture.index import ExpertIndexVariable
 from moe_rewrite.capture.lists import COMPREHENSION, CollectingList
 from moe_rewrite.capture.numbers import NumberAfterLoop, carried_number, is_marked, marked
@@ -139,7 +139,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         return self.next_variable(tx)
 
     def next_variable(self, tx: Any) -> Any:
-        if not dynamo.is_for_loop_over(tx, self):
+        if not dynamo_code.is_for_loop_over(tx, self):
             self.refuse("the hits are iterated by something other than a plain `for` statement", tx)
         if self.path is not None:
             self._close_path(tx, self.path)
@@ -193,7 +193,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         before, now = path.locals_at_start, dynamo.local_variables(tx)
         changed = [name for name in {**before, **now} if before.get(name) is not now.get(name)]
         for name in changed:
-            if name in self.carries or name in self.lists or not dynamo.is_live(tx, name):
+            if name in self.carries or name in self.lists or not dynamo_code.is_live(tx, name):
                 continue
             if not dynamo.is_same_memory(before.get(name), now.get(name)):
                 self.refuse(
@@ -323,13 +323,13 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
 def _list_at(tx: Any, name: str, variables: dict[str, Any] | None = None) -> Any:
     """The list that is called ``name``, or that the comprehension makes."""
     if name == COMPREHENSION:
-        return dynamo.below_iterator(tx)
+        return dynamo_code.below_iterator(tx)
     return (dynamo.local_variables(tx) if variables is None else variables).get(name)
 
 
 def _put_list(tx: Any, name: str, variable: Any) -> None:
     if name == COMPREHENSION:
-        dynamo.set_below_iterator(tx, variable)
+        dynamo_code.set_below_iterator(tx, variable)
     else:
         dynamo.set_local_variable(tx, name, variable)
 

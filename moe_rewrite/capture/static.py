@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 from moe_rewrite import markers
-from moe_rewrite.capture import dynamo, dynamo_modules
+from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules
 from moe_rewrite.capture.lists import COMPREHENSION
 from moe_rewrite.capture.modules import ExpertModules
 from moe_rewrite.capture.numbers import NumbersOfTensor, UnreadIterator
@@ -187,25 +187,25 @@ def carries(tx: Any) -> tuple[str, ...] | None:
 
     A variable may be a tensor that each iteration adds to. In-place ``+=`` changes the tensor, not the variable.
     """
-    body = dynamo.loop_body(tx)
+    body = dynamo_code.loop_body(tx)
     if not body:
         return None
-    methods, values = dynamo.methods_called(body), dynamo.local_variables(tx)
+    methods, values = dynamo_code.methods_called(body), dynamo.local_variables(tx)
     names = []
-    for name, stores in dynamo.names_stored(body).items():
-        if not dynamo.is_live(tx, name):
+    for name, stores in dynamo_code.names_stored(body).items():
+        if not dynamo_code.is_live(tx, name):
             continue
         value = values.get(name)
         if value is not None and dynamo_modules.python_number(dynamo_modules.realized(value)) is not None:
-            if not dynamo.takes_slices(body):
+            if not dynamo_code.takes_slices(body):
                 return None  # such as a counter
             names.append(name)
             continue
         if value is None or not isinstance(dynamo_modules.realized(value), dynamo_modules.TensorVariable):
             return None
-        if all(map(dynamo.is_in_place, stores)):
+        if all(map(dynamo_code.is_in_place, stores)):
             continue
-        if dynamo.times_loaded(body, name) > len(stores):
+        if dynamo_code.times_loaded(body, name) > len(stores):
             return None  # `x = x + layer(x)` does more than to add to it
         if not all(store.opname == "BINARY_OP" for store in stores) and methods.isdisjoint(_ADDS):
             return None
@@ -216,10 +216,10 @@ def carries(tx: Any) -> tuple[str, ...] | None:
 def lists(tx: Any) -> tuple[str, ...]:
     """The local variables with a list that the body of the loop at hand appends to."""
     values = dynamo.local_variables(tx)
-    body = dynamo.loop_body(tx)
-    if dynamo.is_comprehension(body) and dynamo_modules.is_list(dynamo.below_iterator(tx)):
+    body = dynamo_code.loop_body(tx)
+    if dynamo_code.is_comprehension(body) and dynamo_modules.is_list(dynamo_code.below_iterator(tx)):
         return (COMPREHENSION,)
-    names = dict.fromkeys(dynamo.appended_to(body))
+    names = dict.fromkeys(dynamo_code.appended_to(body))
     return tuple(name for name in names if name in values and dynamo_modules.is_list(values[name]))
 
 
