@@ -1168,6 +1168,7 @@ def test_on_a_gpu() -> None:
     experts[1](torch.ones(2, 256, device="cuda")).sum().backward()  # type: ignore[operator]
     experts.cpu()
     assert not packed.unchanged(experts)
+    torch._C._cuda_clearCublasWorkspaces()  # of the forward and backward: larger than the experts
     assert torch.cuda.memory_allocated() < allocated / 2
     with pytest.raises(NotAlike, match="has device"):
         pack([experts[0], experts[1].cuda()])
