@@ -63,8 +63,9 @@ def bound(node: object, known: Mapping[fx.Node, Bound], experts: range) -> Bound
         return None
     if node.target is markers.select:
         return entries(source) if source is not None and node.args[1] == 0 else None
-    if source is not None and (name == "getitem" or (name == "select" and node.args[1] == 0)):
-        shift = _shift_from_index(node.args[-1])
+    shifted = node.target is markers.select_shifted
+    if source is not None and (name == "getitem" or ((name == "select" or shifted) and node.args[1] == 0)):
+        shift = node.args[3] if shifted else _shift_from_index(node.args[-1])
         length = example_value(source).shape[0]
         # An index below 0 counts from the end, and one past the end raises.
         if shift is None or experts.start + shift < 0 or not at_least(length, experts.stop + shift):
