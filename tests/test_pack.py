@@ -11,7 +11,7 @@ import pickle
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ def assert_tables_hold(packed: Pack, experts: Iterable[nn.Module]) -> None:
             row = packed.table(name)[index]
             assert torch.equal(row, tensor)
             assert row.data_ptr() == tensor.data_ptr()
+
+
+@pytest.fixture
+def few_objects() -> Iterator[None]:
+    """Only what the test makes is looked at. Other tests leave a million objects: a look at them takes a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def live_bytes() -> int:
@@ -307,7 +316,7 @@ def test_two_packs_of_other_attributes_have_the_same_tables() -> None:
     assert training.released and frozen.released
 
 
-def test_packs_do_not_keep_the_experts() -> None:
+def test_packs_do_not_keep_the_experts(few_objects: None) -> None:
     gc.collect()
     before = live_bytes()
     experts = make()
@@ -352,7 +361,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-def test_memory() -> None:
+def test_memory(few_objects: None) -> None:
     gc.collect()
     others = live_bytes()
     experts = [Expert(64, 96) for _ in range(E)]
@@ -374,7 +383,7 @@ def test_memory() -> None:
     assert live_bytes() - others < own * 0.6
 
 
-def test_replaced_parameters_are_not_kept() -> None:
+def test_replaced_parameters_are_not_kept(few_objects: None) -> None:
     experts = make()
     before = live_bytes()
     packed = pack(experts)
@@ -733,7 +742,7 @@ def test_parameters_that_stay_may_not_change_device() -> None:
     assert not packed.unchanged(experts)
 
 
-def test_memory_for_tracing_is_released() -> None:
+def test_memory_for_tracing_is_released(few_objects: None) -> None:
     experts = make()
     before = live_bytes()
     packed = pack(experts, copy=False)
@@ -1123,7 +1132,7 @@ def test_graph_of_an_eager_call_is_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-def test_buffer_that_is_a_view(watched: bool) -> None:
+def test_buffer_that_is_a_view(watched: bool, few_objects: None) -> None:
     experts = make()
     before = live_bytes()
     for expert in experts:
