@@ -159,7 +159,7 @@ def keep_code(files: list[str]) -> None:
 def calls_of(code: str) -> str:
     """What a generated file calls, one line each."""
     body = code[code.rindex("def call(") : code.index("def benchmark_compiled_module")]
-    shown = re.findall(r"^\s+((?:buf\d+ = |triton_|extern_|torch\.ops|aten\.|return ).*)$", body, re.MULTILINE)
+    shown = re.findall(r"^\s+((?:buf\d+ = |\w+\.run\(|extern_|torch\.ops|aten\.|return ).*)$", body, re.MULTILINE)
     return "\n".join(line[:200] for line in shown)
 
 
@@ -193,7 +193,7 @@ def generate(given: argparse.Namespace) -> list[str]:
 
 def describe_kernels(given: argparse.Namespace) -> None:
     """Compile our kernels as they are launched for some numbers of tokens, and say what came of it."""
-    from moe_rewrite.lower import kernels, rows_mm
+    from moe_rewrite.lower import kernels, launch
 
     tool = glob.glob(os.path.join(os.path.dirname(sys.modules["triton"].__file__), "backends/nvidia/bin/cuobjdump"))
     original = kernels.multiply.__class__.run
@@ -217,15 +217,15 @@ def describe_kernels(given: argparse.Namespace) -> None:
         x = torch.empty(given.tokens, given.hidden, device="cuda", dtype=dtype)
         up = torch.empty(given.num_experts, 2 * given.intermediate, given.hidden, device="cuda", dtype=dtype)
         key = torch.empty(given.tokens * given.top_k, device="cuda", dtype=torch.int64)
-        implementations = rows_mm._sort_by_expert, rows_mm._rows_mm, rows_mm._rows_outer
-        sort, multiply, outer = implementations
-        order, offsets = sort(key, given.num_experts)
+        order, offsets = launch.sort(key, given.num_experts, seen=False)
         gate_up = list(up.transpose(1, 2).split(given.intermediate, 2))
         sizes = (given.tokens * given.top_k, given.tokens, given.top_k)
         for dispatch in ((order, offsets, None), (None, None, key)):
-            rows = multiply(x, gate_up, [], *dispatch, *sizes, "silu v0;mul v2 v1", dtype)
-            multiply(rows, [gate_up[0].transpose(1, 2)], [], *dispatch, len(rows), len(rows), 1, "", dtype)
-        outer(x, rows, order, offsets, *sizes[1:])
+            how = False, "silu v0;mul v2 v1", dtype
+            rows = launch.multiply(x, gate_up, [], *dispatch, *sizes, *how, seen=False)
+            sizes_down, how = (len(rows), len(rows), 1), (False, "", dtype)
+            launch.multiply(rows, [gate_up[0].transpose(1, 2)], [], *dispatch, *sizes_down, *how, seen=False)
+        launch.outer(x, rows, order, offsets, *sizes[1:], seen=False)
 
 
 def main() -> None:

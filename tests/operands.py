@@ -10,13 +10,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from moe_rewrite.lower import rows_mm
+from moe_rewrite.lower import launch, rows_mm
 
 triton = pytest.importorskip("triton", reason="torch for the CPU comes without triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_interpreter = pytest.mark.skipif(
-    not rows_mm.available(torch.device(DEVICE)), reason="the interpreter of triton < 3.7 needs numpy < 2.4"
+    not launch.available(torch.device(DEVICE)), reason="the interpreter of triton < 3.7 needs numpy < 2.4"
 )
 DTYPES = rows_mm.DTYPES
 EPS = torch.finfo(torch.float32).eps

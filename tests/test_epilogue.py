@@ -39,15 +39,15 @@ FUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda m, r: F.silu(r.halves[0]) * r.halves[1],
         "add v0 v2;silu v4;add v1 v3;mul v5 v6",
     ),
-    "up first": (lambda m, r: r.halves[1] * F.silu(r.halves[0]), "silu v1;mul v0 v2"),
+    "up first": (lambda m, r: r.halves[1] * F.silu(r.halves[0]), "silu v0;mul v1 v2"),
     "split": (lambda m, r: torch.mul(*r.whole.split(HIDDEN // 2, -1)), "mul v0 v1"),
     "slices of unequal steps": (lambda m, r: r.whole[:, :4] * r.whole[:, ::2], "mul v0 v1"),
     "slice of a slice": (lambda m, r: r.whole[:, 1:][:, ::2] * r.whole[:, 1::2][:, :4], "mul v0 v0"),
     "one half": (lambda m, r: F.relu(r.halves[1]), "relu v0"),
     "gpt_oss, with bias": (
         lambda m, r: _gated(r.whole[:, ::2].clamp(max=0.7), r.whole[:, 1::2].clamp(-0.5, 0.5)),
-        "add v0 v2;clamp_min v4 -0.5;clamp_max v5 0.5;add v6 1.0;"
-        "add v1 v3;clamp_max v8 0.7;mul v9 1.702;sigmoid v10;mul v9 v11;mul v7 v12",
+        "add v1 v2;clamp_min v4 -0.5;clamp_max v5 0.5;add v6 1.0;"
+        "add v0 v3;clamp_max v8 0.7;mul v9 1.702;sigmoid v10;mul v9 v11;mul v7 v12",
     ),
     "relu squared": (lambda m, r: F.relu(r.whole[:, FOUR]) ** 2, "relu v0;square v1"),
     "relu times itself": (lambda m, r: _times_itself(F.relu(r.whole[:, FOUR])), "relu v0;mul v1 v1"),
@@ -126,8 +126,8 @@ def test_operands_of_a_stage(recorded):
 
     check_fused(recorded, loop_over(interleaved), inputs(dtype=torch.float32))
     last, stage = recorded.stages[-1]
-    assert stage.epilogue == "add v0 v2;silu v4;add v1 v3;mul v5 v6"
-    assert [(one.start, one.step, one.width) for one in stage.products] == [(1, 2, 4), (0, 2, 4)]
+    assert stage.epilogue == "add v1 v2;silu v4;add v0 v3;mul v5 v6"
+    assert [(one.start, one.step, one.width) for one in stage.products] == [(0, 2, 4), (1, 2, 4)]
     assert [(one.start, one.step, one.width) for one in stage.vectors] == [(1, 2, 4), (0, 2, 4)]
     assert len({one.value for one in stage.products}) == len({one.value for one in stage.vectors}) == 1
     assert all(one.rows is stage.rows for one in stage.products)

@@ -40,6 +40,7 @@ from torch.testing import assert_close
 
 import moe_rewrite
 from moe_rewrite.lower import kernels, rows_mm
+from moe_rewrite.lower import launch as launches
 
 triton = pytest.importorskip("triton", reason="torch for the CPU comes without triton")
 
@@ -343,7 +344,7 @@ def test_operator(requires_grad, gather):
         tensor.requires_grad_(requires_grad) for tensor in (drawn(own or pairs, 4), drawn(3, 4, 5), drawn(3, 5))
     )
     op = torch.ops.moe_rewrite.rows_mm.default
-    given = [weight], [bias], order, offsets, None, pairs, own, after, rows_mm.ADD_VECTOR, rows.dtype
+    given = [weight], [bias], order, offsets, None, pairs, own, after, False, rows_mm.ADD_VECTOR, rows.dtype
     torch.library.opcheck(op, (rows, *given))
 
 
@@ -407,7 +408,7 @@ def test_rows_outer_of_gathered_rows(poisoned, gather):
 )
 @pytest.mark.parametrize("is_counted_first", [False, True])
 def test_sort_by_expert(poisoned, monkeypatch, pairs, groups, dtype, is_counted_first):
-    monkeypatch.setattr(rows_mm, "FEW", 0 if is_counted_first else 2**20)
+    monkeypatch.setattr(launches, "FEW", 0 if is_counted_first else 2**20)
     ids = ids_of(pairs, low=-2, high=groups + 3)
     if dtype is torch.int64:
         ids[::7], ids[3::11] = 2**40, -(2**40)
@@ -530,6 +531,7 @@ import json, re, subprocess, sys, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moe_rewrite.lower import kernels, rows_mm
+from moe_rewrite.lower import launch as launches
 
 
 def compiled(capability, name, dtype, constants, pointers, options):
@@ -593,14 +595,14 @@ ROWS = ("rows weight second_weight vector second_vector result", "order offsets"
 
 def _multiply(shape: Shape, tokens: int, dtype: str, wide: bool = True) -> tuple[Any, ...]:
     pairs, kind = tokens * shape.top_k, getattr(torch, dtype)
-    launch = rows_mm._tile(pairs, shape.experts, shape.inner, shape.columns, shape.products, kind, wide)
-    more = {"GROUPS": rows_mm._power(shape.experts + 1), "HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False}
+    launch = launches._tile(pairs, shape.experts, shape.inner, shape.columns, shape.products, kind, wide)
+    more = {"GROUPS": launches._power(shape.experts + 1), "HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False}
     return "multiply", dtype, *_launch(shape, {**more, **launch}), ROWS
 
 
 def _each(shape: Shape, dtype: str) -> tuple[Any, ...]:
     weight = torch.empty(shape.experts, shape.columns, shape.inner, device="meta").transpose(1, 2)
-    launch = rows_mm._columns_of_a_program(shape.inner, shape.columns, weight)
+    launch = launches._columns_of_a_program(shape.inner, shape.columns, weight)
     return "multiply_each", dtype, *_launch(shape, launch), (ROWS[0], "", "experts")
 
 
@@ -626,15 +628,15 @@ def _outer(dtype: str) -> tuple[Any, ...]:
 
 
 def _sort(pairs: int, groups: int) -> tuple[Any, ...]:
-    many, part = pairs > rows_mm.FEW, rows_mm._block(pairs, 128)
-    sizes = (1024, part, 16) if many else (part, part, rows_mm._block(pairs, 1024))
+    many, part = pairs > launches.FEW, launches._block(pairs, 128)
+    sizes = (1024, part, 16) if many else (part, part, launches._block(pairs, 1024))
     constants = dict(zip(("BLOCK", "PART", "COUNTED"), sizes, strict=True))
-    constants |= {"GROUPS": rows_mm._power(groups + 2), "HAS_COUNTS": many}
+    constants |= {"GROUPS": launches._power(groups + 2), "HAS_COUNTS": many}
     return "sort", "bfloat16", constants, {}, ("", "counts order offsets", "experts")
 
 
 def _count(groups: int) -> tuple[Any, ...]:
-    constants = {"BLOCK": 1024, "GROUPS": rows_mm._power(groups + 2)}
+    constants = {"BLOCK": 1024, "GROUPS": launches._power(groups + 2)}
     return "count", "bfloat16", constants, {}, ("", "counts", "experts")
 
 

@@ -329,8 +329,8 @@ def test_models_of_transformers(recorded, name):
         assert_close(hub.logits(function, tokens), expected, rtol=1e-4, atol=1e-4)
     program = {
         "mixtral": "silu v0;mul v2 v1",
-        "gpt_oss": "add v0 v2;clamp_min v4 -7.0;clamp_max v5 7.0;add v6 1.0;"
-        "add v1 v3;clamp_max v8 7.0;mul v9 1.702;sigmoid v10;mul v9 v11;mul v7 v12",
+        "gpt_oss": "add v1 v2;clamp_min v4 -7.0;clamp_max v5 7.0;add v6 1.0;"
+        "add v0 v3;clamp_max v8 7.0;mul v9 1.702;sigmoid v10;mul v9 v11;mul v7 v12",
     }[name]
     assert recorded.programs[0] == program
     assert len(recorded.programs) == 2

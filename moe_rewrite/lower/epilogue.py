@@ -110,9 +110,21 @@ def stages(loop: ExpertsLoop) -> list[Stage]:
     return found
 
 
+def interleaved(products: tuple[Columns, ...]) -> Columns | None:
+    """The columns that are those of two products in turn, if there are such."""
+    if len(products) != 2:
+        return None
+    first, second = products
+    step = first.step // 2
+    if dataclasses.replace(first, start=first.start + step) != second or first.step % 2:
+        return None
+    return dataclasses.replace(first, step=step, width=2 * first.width)
+
+
 def _stage(result: Value, expression: Expression) -> Stage | None:
     columns = list(dict.fromkeys(expression.columns()))
-    products = [one for one in columns if one.rows is not None]
+    # In the order in which they are in memory: even columns before odd ones.
+    products = sorted((one for one in columns if one.rows is not None), key=lambda one: one.start)
     vectors = [one for one in columns if one.rows is None]
     if not products or len(products) > MOST or len(vectors) > MOST or len({one.rows for one in products}) > 1:
         return None

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, available, rows_mm, rows_outer
+from moe_rewrite.lower.launch import available
+from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, rows_mm, rows_outer
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 # The tag keeps inductor from putting an operator into a CUDA graph.

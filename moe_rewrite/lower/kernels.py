@@ -11,6 +11,9 @@ atomics, so two runs give the same bits.
 An *epilogue* is a program of elementwise steps on the products, given as text: ``"silu v0;mul v2 v1"`` is
 ``silu(first product) * second product``. Words that start with ``v`` are values: products, then the vectors of the
 expert, then the results of the steps before. Others are numbers. ``epilogue.py`` writes such programs.
+
+Functions called by kernels take no pointers that they load from where their results say what is written: torch's search
+for what a kernel writes takes all arguments of such a call for that, and copies of them would be made.
 """
 
 from __future__ import annotations
@@ -159,15 +162,13 @@ def _product(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @jit
-def _find_tile(offsets, tile, groups, pairs, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
+def _find_tile(start, end, tile, groups, pairs, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
     """The group of a tile, its first row, and where the group ends: 0 and 0 where there is no such tile.
 
     The rows past the last offset are a group of their own, number ``groups``.
     """
     group = tl.arange(0, GROUPS)
-    end = tl.load(offsets + group, mask=group < groups, other=0)
     end = tl.where(group == groups, pairs, end)
-    start = tl.load(offsets + group - 1, mask=(group > 0) & (group <= groups), other=0)
     tiles = tl.where(group <= groups, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
     before = tl.cumsum(tiles, 0) - tiles
     own = (before <= tile) & (tile < before + tiles)
@@ -251,7 +252,10 @@ def multiply(
     together = tl.program_id(0) // (TILES_TOGETHER * blocks_n) * TILES_TOGETHER
     height = min(tiles - together, TILES_TOGETHER)
     within = tl.program_id(0) % (TILES_TOGETHER * blocks_n)
-    group, first, stop = _find_tile(offsets, together + within % height, groups, pairs, BLOCK_M, GROUPS)
+    each = tl.arange(0, GROUPS)
+    starts = tl.load(offsets + each - 1, mask=(each > 0) & (each <= groups), other=0)
+    ends = tl.load(offsets + each, mask=each < groups, other=0)
+    group, first, stop = _find_tile(starts, ends, together + within % height, groups, pairs, BLOCK_M, GROUPS)
     if first < stop:
         m = first + tl.arange(0, BLOCK_M)
         begin = within // height * BLOCK_N
@@ -438,9 +442,8 @@ def outer(
 
 
 @jit
-def _key(experts, i, pairs, groups):
+def _key(key, i, pairs, groups):
     """The expert of pairs ``i``; ``groups`` for those of no expert, ``groups + 1`` for what is no pair."""
-    key = tl.load(experts + i, mask=i < pairs, other=0)
     key = tl.where((key >= 0) & (key < groups), key, groups)  # before it is made smaller
     return tl.where(i < pairs, key.to(tl.int32), groups + 1)
 
@@ -448,7 +451,8 @@ def _key(experts, i, pairs, groups):
 @jit
 def count(experts, counts, pairs, groups, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """How many pairs of each expert are in one block of pairs: ``counts[block]``, ``GROUPS`` entries."""
-    key = _key(experts, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), pairs, groups)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = _key(tl.load(experts + i, mask=i < pairs, other=0), i, pairs, groups)
     tl.store(counts + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS), tl.histogram(key, GROUPS))
 
 
@@ -486,7 +490,7 @@ def sort(
     else:
         for start in range(0, pairs, COUNTED):
             i = start + tl.arange(0, COUNTED)
-            key = _key(experts, i, pairs, groups)
+            key = _key(tl.load(experts + i, mask=i < pairs, other=0), i, pairs, groups)
             total += tl.histogram(key, GROUPS)
             before += tl.histogram(tl.where(i < begin, key, groups + 1), GROUPS)
     ends = tl.cumsum(total, 0)
@@ -495,7 +499,7 @@ def sort(
     free = ends - total + before  # the next place of each expert
     for start in range(begin, begin + BLOCK, PART):
         i = start + tl.arange(0, PART)
-        key = _key(experts, i, pairs, groups)
+        key = _key(tl.load(experts + i, mask=i < pairs, other=0), i, pairs, groups)
         earlier = (key[:, None] == key[None, :]) & (i[None, :] < i[:, None])
         place = tl.gather(free, key, 0) + tl.sum(earlier.to(tl.int32), 1)
         tl.store(order + place, i, mask=i < pairs)

@@ -1,26 +1,21 @@
 """Products of rows with the weights of their experts, by Triton kernels (``kernels.py``).
 
 They take any strides and sizes, bf16, fp16 and fp32, read nothing back from the device and write every row.
+
+Each operator is there twice. Where all sizes are known it is one of ``torch.library.triton_op``: compilers see the
+kernels, launch them like their own and plan memory for them. Where sizes are symbols, choosing tiles would tie the
+graph to ranges of sizes: there it is an operator that they do not see into, which chooses when it is called.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_rewrite.lower import kernels
+from moe_rewrite.lower import launch
 
-try:
-    import triton
-except ImportError:  # torch for the CPU comes without it
-    triton = None
-
-FEW = 2048
-"""Up to how many pairs one launch sorts them."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels multiply. They add in float32."""
 
@@ -28,19 +23,12 @@ _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 # Pair `p` has row `p // after % own`; where `own` is 0 it has row `p`.
 _LIBRARY.define(
     "rows_mm(Tensor rows, Tensor[] weights, Tensor[] vectors, Tensor? order, Tensor? offsets, Tensor? experts, "
-    "SymInt pairs, SymInt own, SymInt after, str epilogue, ScalarType dtype) -> Tensor"
+    "SymInt pairs, SymInt own, SymInt after, bool interleaved, str epilogue, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define(
     "rows_outer(Tensor rows, Tensor grad, Tensor? order, Tensor offsets, SymInt own, SymInt after) -> Tensor"
 )
 _LIBRARY.define("sort_by_expert(Tensor experts, SymInt groups) -> (Tensor, Tensor)")
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels run on ``device``: a GPU of NVIDIA's; any device where Triton interprets them."""
-    if triton is None:
-        return False
-    return _interpreted() or (device.type == "cuda" and torch.version.hip is None)
 
 
 def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +42,8 @@ def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         The number of each pair in sorted order, ``[P]`` int32, those of no expert last; and where each expert's pairs
         end, ``[groups]`` int32.
     """
-    order, offsets = torch.ops.moe_rewrite.sort_by_expert(experts, groups)
+    sort = _sort_seen if _is_seen(experts, groups) else torch.ops.moe_rewrite.sort_by_expert
+    order, offsets = sort(experts, groups)
     return order, offsets
 
 
@@ -67,6 +56,7 @@ def rows_mm(
     offsets: Tensor | None = None,
     experts: Tensor | None = None,
     gather: tuple[int, int, int] | None = None,
+    interleaved: bool = False,
     epilogue: str = "",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -82,6 +72,7 @@ def rows_mm(
         offsets: where the pairs of each expert end in that order, ``[E]`` int32.
         experts: the expert of each pair, ``[P]``: in the place of the two for few pairs.
         gather: ``(pairs, own, after)``: pair ``p`` has row ``p // after % own``; None where each has its own.
+        interleaved: there is one weight, ``[E, K, 2 N]``, that is two: its even columns, and its odd ones.
         epilogue: a program as in ``kernels.py``, over the products, then the vectors.
         dtype: of the result; that of the rows if None.
 
@@ -89,9 +80,10 @@ def rows_mm(
         ``[P, N]``, in the order of the pairs.
     """
     pairs, own, after = gather or (rows.shape[0], 0, 1)
-    result: Tensor = torch.ops.moe_rewrite.rows_mm(
-        rows, weights, vectors, order, offsets, experts, pairs, own, after, epilogue, dtype or rows.dtype
-    )
+    is_seen = _is_seen(rows, *weights, *vectors, order, offsets, experts, pairs, own, after)
+    multiply = _rows_mm_seen if is_seen else torch.ops.moe_rewrite.rows_mm
+    how = interleaved, epilogue, dtype or rows.dtype
+    result: Tensor = multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how)
     return result
 
 
@@ -108,7 +100,9 @@ def rows_outer(
         own: the number of rows; None where each pair has its own.
         after: how many pairs in a row have the same row.
     """
-    result: Tensor = torch.ops.moe_rewrite.rows_outer(rows, grad, order, offsets, own or 0, after)
+    is_seen = _is_seen(rows, grad, order, offsets, own, after)
+    multiply = _rows_outer_seen if is_seen else torch.ops.moe_rewrite.rows_outer
+    result: Tensor = multiply(rows, grad, order, offsets, own or 0, after)
     return result
 
 
@@ -116,40 +110,43 @@ ADD_VECTOR = "add v0 v1"
 """The epilogue that adds the bias."""
 
 
-def _interpreted() -> bool:
-    """Whether the kernels are interpreted: what Triton's setting was when they were made."""
-    return triton is not None and not isinstance(kernels.multiply, triton.JITFunction)
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+def _is_seen(*given: Tensor | int | None) -> bool:
+    """Whether compilers are to see the kernels: on a GPU, where no size or stride is a symbol."""
+    if launch.interpreted():
+        return False
+    sizes: list[Any] = []
+    for one in given:
+        if isinstance(one, Tensor):
+            if one.device.type != "cuda":
+                return False
+            sizes += [*one.shape, *one.stride(), one.storage_offset()]
+        elif one is not None:
+            sizes.append(one)
+    return all(isinstance(size, int) for size in sizes)
 
 
 @torch.library.impl(_LIBRARY, "sort_by_expert", "CompositeExplicitAutograd")
 def _sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    pairs = experts.shape[0]
-    order = experts.new_empty(pairs, dtype=torch.int32)
-    offsets = experts.new_zeros(groups, dtype=torch.int32)
-    if pairs == 0:
-        return order, offsets
-    experts = experts.contiguous()
-    bins, counts, counted = _power(groups + 2), offsets, _block(pairs, 1024)
-    block = part = _block(pairs, 128)
-    has_counts = pairs > FEW
-    with _on(experts):
-        if has_counts:
-            block, counted = 1024, 16
-            blocks = triton.cdiv(pairs, block)
-            counts = experts.new_empty(blocks, bins, dtype=torch.int32)
-            kernels.count[(blocks,)](experts, counts, pairs, groups, block, bins)
-        blocks = triton.cdiv(pairs, block)
-        sizes = (block, part, counted, bins, has_counts)
-        kernels.sort[(blocks,)](experts, counts, order, offsets, pairs, groups, blocks, *sizes)
-    return order, offsets
+    return launch.sort(experts, groups, seen=False)
 
 
 @torch.library.impl(_LIBRARY, "rows_mm", "CompositeExplicitAutograd")
-def _rows_mm(
+def _rows_mm(*args: Any) -> Tensor:
+    return launch.multiply(*args, seen=False)
+
+
+@torch.library.impl(_LIBRARY, "rows_outer", "CompositeExplicitAutograd")
+def _rows_outer(*args: Any) -> Tensor:
+    return launch.outer(*args, seen=False)
+
+
+@torch.library.triton_op("moe_rewrite::sort_by_expert_seen", mutates_args=())
+def _sort_seen(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return launch.sort(experts, groups, seen=True)
+
+
+@torch.library.triton_op("moe_rewrite::rows_mm_seen", mutates_args=())
+def _rows_mm_seen(
     rows: Tensor,
     weights: list[Tensor],
     vectors: list[Tensor],
@@ -159,140 +156,17 @@ def _rows_mm(
     pairs: int,
     own: int,
     after: int,
+    interleaved: bool,
     epilogue: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    groups, inner, columns = weights[0].shape
-    result = rows.new_empty(pairs, columns, dtype=dtype)
-    if result.numel() == 0:
-        return result
-    both = [*weights, weights[0]][:2]
-    added = [*vectors, result, result][:2]  # what is not there is not read
-    weight_strides = [*both[0].stride(), *both[1].stride()]
-    interleaved = _are_interleaved(weights)
-    if interleaved:
-        weight_strides[2] //= 2
-    strides = [*rows.stride(), *weight_strides, *added[0].stride(), *added[1].stride()]
-    program = {
-        "PRODUCTS": len(weights),
-        "INTERLEAVED": interleaved,
-        "VECTORS": len(vectors),
-        "EPILOGUE": epilogue,
-    }
-    launch: dict[str, Any]
-    own = own or pairs
-    with _on(rows):
-        if experts is not None:
-            launch = _columns_of_a_program(inner, columns, weights[0])
-            sizes = (groups, inner, columns, own, after)
-            kernels.multiply_each[(triton.cdiv(columns, launch["BLOCK_N"]), pairs)](
-                rows, experts.contiguous(), *both, *added, result, *sizes, *strides, **program, **launch
-            )
-            return result
-        assert offsets is not None
-        offsets = offsets.contiguous()
-        launch = _tile(pairs, groups, inner, columns, len(weights), rows.dtype, _multiplies_wide(rows.device))
-        # Every group may end with a tile that is not full, that of no expert too; no tile is empty.
-        tiles = min(pairs, triton.cdiv(pairs, launch["BLOCK_M"]) + groups + 1)
-        kernels.multiply[(tiles * triton.cdiv(columns, launch["BLOCK_N"]),)](
-            *(rows, offsets if order is None else order.contiguous(), offsets, *both, *added, result),
-            *(pairs, groups, inner, columns, own, after, *strides, tiles),
-            GROUPS=_power(groups + 1),
-            HAS_ORDER=order is not None,
-            PRECISION=_precision(),
-            WIDEN=_interpreted() and rows.dtype is torch.bfloat16,
-            **program,
-            **launch,
-        )
-    return result
+    how = interleaved, epilogue, dtype
+    return launch.multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how, seen=True)
 
 
-@torch.library.impl(_LIBRARY, "rows_outer", "CompositeExplicitAutograd")
-def _rows_outer(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int) -> Tensor:
-    inner, columns, groups = rows.shape[1], grad.shape[1], offsets.shape[0]
-    result = rows.new_empty(groups, inner, columns)
-    if result.numel() == 0:
-        return result
-    block_k, block_n = _block(inner, 64), _block(columns, 128 if rows.dtype.itemsize == 2 else 64)
-    blocks_k = triton.cdiv(inner, block_k)
-    grid = (groups * blocks_k, triton.cdiv(columns, block_n))
-    offsets = offsets.contiguous()
-    with _on(rows):
-        kernels.outer[grid](
-            *(rows, grad, offsets if order is None else order.contiguous(), offsets, result),
-            *(blocks_k, inner, columns, own or max(1, grad.shape[0]), after, *rows.stride(), *grad.stride()),
-            BLOCK_M=32,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            HAS_ORDER=order is not None,
-            PRECISION=_precision(),
-            WIDEN=_interpreted() and rows.dtype is torch.bfloat16,
-        )
-    return result
-
-
-def _are_interleaved(weights: list[Tensor]) -> bool:
-    """Whether two weights are the even and the odd columns of one matrix."""
-    if len(weights) != 2 or weights[0].stride() != weights[1].stride() or weights[0].shape != weights[1].shape:
-        return False
-    step = weights[0].stride(2)
-    apart = weights[1].data_ptr() - weights[0].data_ptr()
-    return bool(step % 2 == 0 and apart == step // 2 * weights[0].itemsize)
-
-
-@functools.cache
-def _multiplies_wide(device: torch.device) -> bool:
-    """Whether a device multiplies tiles that are not in registers: SM90 and SM100. The others need narrower ones."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
-def _tile(
-    pairs: int, groups: int, inner: int, columns: int, products: int, dtype: torch.dtype, wide: bool
-) -> dict[str, Any]:
-    """Tiles of about as many rows as an expert has if all have the same. Two products share a tile."""
-    rows = triton.cdiv(pairs, groups)
-    narrow = dtype.itemsize == 4
-    if narrow:
-        most_m, most_n, most_k, warps, stages = (16 if rows <= 12 else 64), 64, 32, 4, 3
-    elif rows <= 12:
-        most_m, most_n, most_k, warps, stages = 16, 128, 64, 4, 4
-    elif rows <= 64:
-        most_m, most_n, most_k, warps, stages = 64, 128, 64, 4, 4
-    else:
-        most_m, most_n, most_k, warps, stages = 128, (256 if wide else 128), 64, 8, 3
-    block_n, block_k = _block(columns, most_n // products), _block(inner, most_k)
-    return {
-        "BLOCK_M": most_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "TILES_TOGETHER": 8,
-        "EVEN_K": inner % block_k == 0,
-        "EVEN_N": columns % block_n == 0,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-
-
-def _columns_of_a_program(inner: int, columns: int, weight: Tensor) -> dict[str, Any]:
-    """As many weights a program that each thread reads 16 bytes at a time along the dimension that is contiguous."""
-    block_n, block_k = (8, 512) if weight.stride(1) == 1 else (64, 64)
-    block_n, block_k = min(block_n, _power(columns)), min(block_k, _power(inner))
-    even = {"EVEN_K": inner % block_k == 0, "EVEN_N": columns % block_n == 0}
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, **even, "num_warps": 4, "num_stages": 3}
-
-
-def _power(size: int) -> int:
-    return int(triton.next_power_of_2(max(1, size)))
-
-
-def _block(size: int, largest: int) -> int:
-    """A power of two that holds ``size``, at least what a product of tiles needs and ``largest`` at most."""
-    return max(16, min(largest, _power(size)))
-
-
-def _precision() -> str:
-    """How float32 is multiplied: as by torch's own matmul."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+@torch.library.triton_op("moe_rewrite::rows_outer_seen", mutates_args=())
+def _rows_outer_seen(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int) -> Tensor:
+    return launch.outer(rows, grad, order, offsets, own, after, seen=True)
 
 
 @torch.library.register_fake("moe_rewrite::sort_by_expert", lib=_LIBRARY)
@@ -302,7 +176,9 @@ def _(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("moe_rewrite::rows_mm", lib=_LIBRARY)
 def _(rows: Tensor, weights: list[Tensor], *rest: Any) -> Tensor:
-    return rows.new_empty(rest[4], weights[0].shape[2], dtype=rest[8])
+    *_, pairs, _own, _after, interleaved, _epilogue, dtype = rest
+    columns = weights[0].shape[2]
+    return rows.new_empty(pairs, columns // 2 if interleaved else columns, dtype=dtype)
 
 
 @torch.library.register_fake("moe_rewrite::rows_outer", lib=_LIBRARY)
@@ -311,9 +187,9 @@ def _(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: in
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, vectors, order, offsets, experts, pairs, own, after, epilogue, dtype = inputs
+    rows, weights, vectors, order, offsets, experts, pairs, own, after, interleaved, epilogue, dtype = inputs
     adds = (len(vectors), epilogue) in ((0, ""), (1, ADD_VECTOR))
-    ctx.plain = len(weights) == 1 and adds and dtype is rows.dtype
+    ctx.plain = len(weights) == 1 and not interleaved and adds and dtype is rows.dtype
     ctx.sizes = pairs, own, after, bool(vectors)
     ctx.save_for_backward(rows, weights[0], order, offsets, experts)
 
@@ -341,7 +217,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if needs_bias:
             grad_bias = rows_outer(grad.new_ones(pairs, 1), grad, offsets, order).squeeze(1)
     vectors = [grad_bias] if has_bias else []
-    return grad_rows, [grad_weight], vectors, *[None] * 8
+    return grad_rows, [grad_weight], vectors, *[None] * 9
 
 
 torch.library.register_autograd("moe_rewrite::rows_mm", _backward, setup_context=_save, lib=_LIBRARY)
+_rows_mm_seen.register_autograd(_backward, setup_context=_save)

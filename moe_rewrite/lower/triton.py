@@ -18,9 +18,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Step, TopKDispatch, Value
 from moe_rewrite.lower import epilogue, grouped_mm
+from moe_rewrite.lower.launch import available
 from moe_rewrite.lower.lift import Lifted
 from moe_rewrite.lower.pairs import Pairs
-from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, available, rows_mm, sort_by_expert
+from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, rows_mm, sort_by_expert
 
 Multiply = Callable[..., Tensor]
 Source = tuple[Value, tuple[int, int, int]]
@@ -113,10 +114,11 @@ def _gathered(lifted: Lifted, multiply: Multiply, pairs: Pairs, step: Step, sour
 def _staged(lifted: Lifted, multiply: Multiply, pairs: Pairs, stage: epilogue.Stage, source: Source | None) -> Tensor:
     """Products and what follows them, in one kernel."""
     rows, gather = _rows(lifted, stage.rows, source)
-    weights = [_view(lifted, one) for one in stage.products]
+    interleaved = epilogue.interleaved(stage.products)
+    weights = [_view(lifted, one) for one in ([interleaved] if interleaved else stage.products)]
     vectors = [_view(lifted, one) for one in stage.vectors]
-    dtype = stage.result.example.dtype
-    result = multiply(rows, weights, vectors, gather=gather, epilogue=stage.epilogue, dtype=dtype)
+    how = {"interleaved": interleaved is not None, "epilogue": stage.epilogue, "dtype": stage.result.example.dtype}
+    result = multiply(rows, weights, vectors, gather=gather, **how)
     return lifted.lend(pairs, result)
 
 
