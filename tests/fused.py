@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import loops
 import pytest
 import torch
 from loops import HIDDEN
-from torch import nn
+from operands import DEVICE
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from moe_rewrite.loop import ExpertsLoop
@@ -38,6 +40,11 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 
     monkeypatch.setattr(epilogue, "stages", record)
     return found
+
+
+def inputs(*sizes: int, dtype: torch.dtype = torch.float32, **how: Any) -> tuple[Tensor, ...]:
+    """As :func:`loops.inputs`, in float32 and on the device of the kernels."""
+    return tuple(arg.to(DEVICE) for arg in loops.inputs(*sizes, dtype=dtype, **how))
 
 
 def fast(module: nn.Module, experts: str = "triton", inner: str = "eager", **how: Any) -> Any:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from fused import FOUR, Recorded, assert_same_numbers, fast, recording
-from loops import HIDDEN, INTERMEDIATE, NUM_EXPERTS, Moe, hits, inputs, loop_over
+from fused import FOUR, Recorded, assert_same_numbers, fast, inputs, recording
+from loops import HIDDEN, INTERMEDIATE, NUM_EXPERTS, Moe, hits, loop_over
 from operands import DEVICE, drawn, needs_interpreter
 from torch import Tensor
 
@@ -87,15 +87,13 @@ class Rows:
         self.halves = self.whole.chunk(2, -1)
 
 
-def check_fused(recorded: Recorded, loop: Any, args: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    module = Moe(loop, dtype=dtype).to(DEVICE)
-    args = tuple(arg.to(DEVICE) if isinstance(arg, Tensor) else arg for arg in args)
+def check_fused(recorded: Recorded, loop: Any, same_numbers: bool = True) -> None:
+    module, args = Moe(loop, dtype=torch.float32).to(DEVICE), inputs()
     with torch.no_grad():
         actual, expected = fast(module)(*args), module(*args)
     assert len(recorded.loops) == 1
-    if dtype is torch.float32:
+    if same_numbers:
         assert_same_numbers(actual, expected)
-    return actual
 
 
 @needs_interpreter
@@ -107,12 +105,8 @@ def test_fused(recorded, name):
         rows = function(m, Rows(m, x, token, expert, "with bias" in name))
         return second(m, rows, expert)
 
-    if name == "through bfloat16":
-        module = Moe(loop_over(body), dtype=torch.float32)
-        with torch.no_grad():
-            fast(module)(*inputs(dtype=torch.float32))  # a number may be rounded the other way
-    else:
-        check_fused(recorded, loop_over(body), inputs(dtype=torch.float32))
+    # Of bfloat16 a number may be rounded the other way.
+    check_fused(recorded, loop_over(body), same_numbers=name != "through bfloat16")
     assert recorded.programs == [program, ""]
 
 
@@ -124,7 +118,7 @@ def test_operands_of_a_stage(recorded):
         y = first(m, x, token, expert, bias=True)
         return second(m, F.silu(y[:, 1::2]) * y[:, ::2], expert)
 
-    check_fused(recorded, loop_over(interleaved), inputs(dtype=torch.float32))
+    check_fused(recorded, loop_over(interleaved))
     last, stage = recorded.stages[-1]
     assert stage.epilogue == "add v1 v2;silu v4;add v0 v3;mul v5 v6"
     assert [(one.start, one.step, one.width) for one in stage.products] == [(0, 2, 4), (1, 2, 4)]
@@ -146,7 +140,7 @@ def test_operands_of_two_products(recorded):
         gate, up = F.linear(rows, m.up[expert]), F.linear(rows, m.weight[expert][:INTERMEDIATE])
         return F.linear(F.silu(gate) * up, m.down[expert]) * weights[token, slot, None]
 
-    check_fused(recorded, two, inputs(dtype=torch.float32))
+    check_fused(recorded, two)
     _, stage = recorded.stages[-1]
     assert stage.epilogue == "silu v0;mul v2 v1"
     assert [(one.start, one.step, one.width) for one in stage.products] == [(0, 1, INTERMEDIATE)] * 2
@@ -209,7 +203,7 @@ def test_not_fused(recorded, name):
     def body(m, x, ids, weights, expert, slot, token):
         return function(m, Rows(m, x, token, expert, False))
 
-    check_fused(recorded, loop_over(body), inputs(dtype=torch.float32))
+    check_fused(recorded, loop_over(body))
     assert len(recorded.programs) == 1 if programs is None else recorded.programs == programs
 
 
@@ -235,7 +229,7 @@ def test_what_is_combined_is_not_lost(recorded, what):
                 half.index_add_(0, token, gate[:, FOUR])
         return out + 3 * other + F.pad(half, (0, HIDDEN // 2)) * 7
 
-    check_fused(recorded, loop, inputs(dtype=torch.float32))
+    check_fused(recorded, loop)
     assert recorded.programs == ["silu v0" if what == "added twice" else ""]
 
 
@@ -253,14 +247,14 @@ def test_widths(recorded, changes):
             out.index_add_(0, token, F.linear(F.silu(gate) * value, down[expert]))
         return out
 
-    module = Moe(loop, dtype=torch.float32)
+    module = Moe(loop, dtype=torch.float32).to(DEVICE)
     function = fast(module, dynamic=None if changes else False)
     for width in (4, 6):
         up, down = drawn(NUM_EXPERTS, 2 * width, HIDDEN), drawn(NUM_EXPERTS, HIDDEN, width)
         if changes:
             torch._dynamo.mark_dynamic(up, 1)
             torch._dynamo.mark_dynamic(down, 2)
-        args = (*inputs(dtype=torch.float32), up, down)
+        args = (*inputs(), up, down)
         with torch.no_grad():
             assert_same_numbers(function(*args), module(*args))
     assert len(recorded.loops) == (1 if changes else 2)

@@ -329,7 +329,8 @@ def _once_a_token_written(m, loop, x, ids, weights):
 
 def _ids_of_each_expert(m, loop, x, ids, weights):
     """What is compared with the expert's number is another tensor for each expert."""
-    out, table = torch.zeros_like(x), torch.arange(NUM_EXPERTS * TOKENS).view(NUM_EXPERTS, TOKENS) % 3
+    out, numbers = torch.zeros_like(x), torch.arange(NUM_EXPERTS * TOKENS, device=x.device)
+    table = numbers.view(NUM_EXPERTS, TOKENS) % 3
 
     def body(e):
         token = torch.where(table[e] == e)[0]

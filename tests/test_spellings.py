@@ -62,13 +62,13 @@ def halves_of_blocks(m, x, ids, weights):
 
 
 def comprehension_and_stack(m, x, ids, weights):
-    gates = torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
+    gates = torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
     outputs = torch.stack([expert(x) for expert in m.experts], dim=1)
     return (outputs * gates.unsqueeze(-1)).sum(1)
 
 
 def comprehension_over_numbers(m, x, ids, weights):
-    gates = torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
+    gates = torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
     outputs = [m.expert(x, e) * gates[:, e, None] for e in range(NUM_EXPERTS)]
     return torch.stack(outputs).sum(0)
 
@@ -106,7 +106,7 @@ def convolution_over_a_whole_row(m, x, ids, weights):
 
 def writes_by_a_mask_and_reads_by_its_flat_view(m, x, ids, weights):
     out, batched, batched_ids = (t.view(2, -1, t.shape[-1]) for t in (torch.zeros_like(x), x, ids))
-    flat, gates = x, torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
+    flat, gates = x, torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
     for e in range(NUM_EXPERTS):
         mask = (batched_ids == e).any(dim=-1)
         flat_mask = mask.view(-1)

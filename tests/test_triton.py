@@ -17,8 +17,8 @@ import test_spellings
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from fused import FOUR, Recorded, assert_same_numbers, fast, recording
-from loops import HIDDEN, INTERMEDIATE, NUM_EXPERTS, Moe, hits, inputs, sentinel, weigh_up
+from fused import FOUR, Recorded, assert_same_numbers, fast, inputs, recording
+from loops import HIDDEN, INTERMEDIATE, NUM_EXPERTS, Moe, hits, sentinel, weigh_up
 from loops import plain as plain_loop
 from operands import DEVICE, needs_interpreter
 from rolled import Compiled, Python, Rolled, compiled
@@ -39,7 +39,7 @@ def recorded(monkeypatch) -> Recorded:
 
 
 class Block(nn.Module):
-    """Some loops over experts, and what stands around them. ``[T, HIDDEN]`` to the same."""
+    """Some loops over experts, and what stands around them, on ``DEVICE``. ``[T, HIDDEN]`` to the same."""
 
     def __init__(self, forward: Callable[..., Tensor], num_experts: int = NUM_EXPERTS) -> None:
         super().__init__()
@@ -52,6 +52,7 @@ class Block(nn.Module):
         for parameter in [*self.w1.parameters(), *self.w3.parameters(), *self.w2.parameters()]:
             nn.init.normal_(parameter, std=0.5, generator=generator)
         self.function = forward
+        self.to(DEVICE)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self.function(self, x, ids, weights)
@@ -168,9 +169,9 @@ BLOCKS = {
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 
 
-def run_block(module: nn.Module, args: tuple[Any, ...], run: Callable[..., Any], grad: str) -> dict[str, Tensor]:
+def run_block(module: nn.Module, args: tuple[Tensor, ...], run: Callable[..., Any], grad: str) -> dict[str, Tensor]:
     """Output and gradients. ``grad``: what requires one."""
-    args = tuple(arg.detach().clone().to(DEVICE) if isinstance(arg, Tensor) else arg for arg in args)
+    args = tuple(arg.detach().clone() for arg in args)
     x = args[0].requires_grad_(grad in ("all", "x"))
     for parameter in module.parameters():
         parameter.grad = None
@@ -183,15 +184,14 @@ def run_block(module: nn.Module, args: tuple[Any, ...], run: Callable[..., Any],
     return {"output": out.detach(), **gradients}
 
 
-def check_block(block: Callable[..., Tensor], grad: str, inner: str = "eager", args: Any = None, **how: Any) -> None:
-    module = Block(block).to(DEVICE)
-    args = args or inputs(dtype=torch.float32)
+def check_block(block: Callable[..., Tensor], grad: str, inner: str = "eager") -> None:
+    module, args = Block(block), inputs()
     module.requires_grad_(grad != "x")
     expected = run_block(module, args, module, grad)
     assert any(tensor.any() for name, tensor in expected.items() if name != "output") == (
         grad in ("all", "x") or block is _switches_on
     )
-    assert_same_numbers(run_block(module, args, fast(module, inner=inner, **how), grad), expected)
+    assert_same_numbers(run_block(module, args, fast(module, inner=inner), grad), expected)
 
 
 @needs_interpreter
@@ -230,7 +230,7 @@ def test_numbers_of_tokens():
         module = Block(BLOCKS["swiglu"])
         function = fast(module, dynamic=True)
         for tokens in (5, 0, 1, 7, 40):
-            args = inputs(tokens, dtype=torch.float32)
+            args = inputs(tokens)
             expected = run_block(module, args, module, grad)
             assert_same_numbers(run_block(module, args, function, grad), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
@@ -246,7 +246,7 @@ def test_few_pairs_of_many_experts(recorded, monkeypatch):
     )
     for tokens, one_by_one in ((4, True), (12, False)):
         module = Block(_one_each, num_experts=32)
-        args = inputs(tokens, num_experts=32, dtype=torch.float32)
+        args = inputs(tokens, num_experts=32)
         for grad in ("no_grad", "all"):
             torch._dynamo.reset()
             expected = run_block(module, args, module, grad)
@@ -264,7 +264,7 @@ def test_only_what_is_before_requires_grad(recorded):
 
     module = Block(loops).requires_grad_(False)
     module.moe.scale.requires_grad_()
-    args = inputs(dtype=torch.float32)
+    args = inputs()
     with torch.enable_grad():
         expected, actual = (run_block(module, args, run, "all") for run in (module, fast(module)))
     assert expected["moe.scale"].any()
@@ -280,7 +280,7 @@ def test_only_what_is_before_requires_grad(recorded):
 @needs_interpreter
 def test_frozen_then_trained(recorded):
     """What was compiled without a gradient is not used where there is one."""
-    module, args = Block(BLOCKS["swiglu"]).requires_grad_(False), inputs(dtype=torch.float32)
+    module, args = Block(BLOCKS["swiglu"]).requires_grad_(False), inputs()
     function = fast(module)
     assert_same_numbers(function(*args), module(*args))
     assert len(recorded.loops) == 1
@@ -294,8 +294,8 @@ def test_frozen_then_trained(recorded):
 def test_float64_goes_elsewhere(monkeypatch):
     """The kernels add in float32; nothing in float64 is given to them."""
     monkeypatch.setattr(experts_backend, "rows_mm", None)
-    module = Moe(sentinel)
-    args = inputs()
+    module = Moe(sentinel).to(DEVICE)
+    args = inputs(dtype=torch.float64)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             torch._dynamo.reset()
@@ -343,18 +343,20 @@ def test_models_of_transformers(recorded, name):
 @pytest.mark.parametrize("form", [*test_forms.TOP_K_FORMS, *test_forms.MASK_FORMS], ids=lambda form: form.__name__)
 def test_forms_in_float32(form):
     """Each form, with ids that a token has twice."""
-    args = tuple(arg.float() if arg.is_floating_point() else arg for arg in test_forms.given_twice())
+    args = [arg.to(DEVICE, torch.float32 if arg.is_floating_point() else arg.dtype) for arg in test_forms.given_twice()]
+    rolled, python = (test_forms.Experts(form, loops).to(DEVICE, torch.float32) for loops in (Rolled, Python))
     with torch.no_grad():
-        expected = weigh_up(test_forms.Experts(form, Python).float()(*args))
-        function = compiled(test_forms.Experts(form, Rolled).float(), Compiled("triton"))
+        expected = weigh_up(python(*args))
+        function = compiled(rolled, Compiled("triton"))
         assert_same_numbers(weigh_up(function(*args)), expected)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("loop", test_spellings.REWRITTEN, ids=lambda loop: loop.__name__)
-def test_spellings_in_float32(loop):
-    module = Moe(loop, dtype=torch.float32).requires_grad_(False)
-    args = inputs(dtype=torch.float32)
+def test_spellings_in_float32(monkeypatch, loop):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # eager's convolutions on a GPU have it by default
+    module = Moe(loop, dtype=torch.float32).to(DEVICE).requires_grad_(False)
+    args = inputs()
     assert_same_numbers(fast(module)(*copy.deepcopy(args)), module(*copy.deepcopy(args)))
 
 
@@ -370,13 +372,13 @@ def _wider_ids(m, x, ids, weights):
 
 
 def _short_table(m, x, ids, weights):
-    ids = torch.where(torch.arange(x.shape[0])[:, None] < 4, ids, NUM_EXPERTS)
+    ids = torch.where(torch.arange(x.shape[0], device=x.device)[:, None] < 4, ids, NUM_EXPERTS)
     return swiglu(m, x[:4], ids, weights[:4])
 
 
 def _table_of_each_expert(m, x, ids, weights):
     """A part of each expert's own that the token's number is an index of."""
-    ids = torch.where(torch.arange(x.shape[0])[:, None] < 4, ids, NUM_EXPERTS)
+    ids = torch.where(torch.arange(x.shape[0], device=x.device)[:, None] < 4, ids, NUM_EXPERTS)
     out, mask = torch.zeros_like(x), F.one_hot(ids, NUM_EXPERTS + 1).permute(2, 1, 0)
     for expert in hits(mask[:NUM_EXPERTS]):
         expert = expert[0]
@@ -386,7 +388,7 @@ def _table_of_each_expert(m, x, ids, weights):
 
 
 def _selected_otherwise(m, x, ids, weights):
-    ids = torch.where(torch.arange(x.shape[0])[:, None] < 4, ids, NUM_EXPERTS)
+    ids = torch.where(torch.arange(x.shape[0], device=x.device)[:, None] < 4, ids, NUM_EXPERTS)
     short, out, mask = x[:4].clone(), torch.zeros_like(x), F.one_hot(ids, NUM_EXPERTS + 1).permute(2, 1, 0)
     for expert in hits(mask[:NUM_EXPERTS]):
         expert = expert[0]
@@ -398,7 +400,7 @@ def _selected_otherwise(m, x, ids, weights):
 
 def _number_as_an_index(m, x, ids, weights):
     """Integers that are computed for each row."""
-    ids = torch.where(torch.arange(x.shape[0])[:, None] < 3, ids, NUM_EXPERTS)
+    ids = torch.where(torch.arange(x.shape[0], device=x.device)[:, None] < 3, ids, NUM_EXPERTS)
     out, mask = torch.zeros_like(x), F.one_hot(ids, NUM_EXPERTS + 1).permute(2, 1, 0)
     for expert in hits(mask[:NUM_EXPERTS]):
         expert = expert[0]
@@ -420,8 +422,8 @@ LOOKUPS = (_longer_ids, _wider_ids, _short_table, _table_of_each_expert, _select
 )
 def test_what_pairs_of_no_expert_look_up(loop, experts, grad):
     """Nothing that is not there: a table may have no entry for a token whose ids are all of no expert."""
-    module = Moe(loop, dtype=torch.float32)
-    x, ids, weights = inputs(dtype=torch.float32)
+    module = Moe(loop, dtype=torch.float32).to(DEVICE)
+    x, ids, weights = inputs()
     function = fast(module, experts)
     for given in (ids, torch.full_like(ids, NUM_EXPERTS)):
         with torch.set_grad_enabled(grad):
