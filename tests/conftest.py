@@ -24,7 +24,9 @@ def _can_interpret() -> bool:
     return old >= (3, 7) or new < (2, 4)
 
 
-if not torch.cuda.is_available() and _can_interpret():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it with deterministic algorithms
+elif _can_interpret():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU, slowly
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 from collections.abc import Iterator
 
 import modes
@@ -20,8 +19,6 @@ from moe_rewrite.benchmark.shapes import SHAPES, ExpertsInputs
 from moe_rewrite.benchmark.variants import Variant
 from moe_rewrite.lower import grouped_product as grouped
 from moe_rewrite.lower.rows_mm import DTYPES
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it with deterministic algorithms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
