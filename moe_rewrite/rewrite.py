@@ -78,7 +78,7 @@ class Plan:
     finding: Finding
     report: LoopReport | None
     backend: ExpertsBackend | None
-    needs_grad: bool = True
+    needs_grad: bool = False
 
 
 def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> list[Plan]:
@@ -86,9 +86,9 @@ def make_plans(gm: fx.GraphModule, experts: ExpertsMapping, base_path: str) -> l
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     for graph in graphs:
         spell_out_pieces(graph.graph)
-    plans = [_plan(graph, finding, experts, base_path) for graph in graphs for finding in find_loops(graph)]
+    findings = [(graph, finding) for graph in graphs for finding in find_loops(graph)]
     needs_grad = _may_need_grad(gm)
-    return [dataclasses.replace(plan, needs_grad=needs_grad) for plan in plans]
+    return [_plan(graph, finding, experts, base_path, needs_grad) for graph, finding in findings]
 
 
 def _may_need_grad(gm: fx.GraphModule) -> bool:
@@ -136,7 +136,7 @@ def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
     return reports
 
 
-def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_path: str) -> Plan:
+def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_path: str, needs_grad: bool) -> Plan:
     outcome, region = finding.outcome, finding.region
     path = ".".join(filter(None, (base_path, outcome.path)))
     if not isinstance(outcome, (ExpertsLoop, Refusal)):
@@ -146,10 +146,12 @@ def _plan(gm: fx.GraphModule, finding: Finding, experts: ExpertsMapping, base_pa
         refusal = dataclasses.replace(outcome, path=path)
         return Plan(gm, finding, LoopReport.of_refusal(refusal, None, before), None)
     loop = dataclasses.replace(outcome, path=path)
-    backend, why = lower.choose(experts.choose(path), loop)
+    backend, why = lower.choose(experts.choose(path), loop, needs_grad)
     if backend is None:
         return Plan(gm, finding, LoopReport.of_refusal(Refusal(path, loop.location, why), loop, before), None)
-    return Plan(gm, finding, LoopReport(path, loop.location, loop, None, backend.name, why, before), backend)
+    return Plan(
+        gm, finding, LoopReport(path, loop.location, loop, None, backend.name, why, before), backend, needs_grad
+    )
 
 
 def _replace(

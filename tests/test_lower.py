@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_rewrite.loop import ExpertsLoop, Kind, TopKDispatch, Value
+from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, TopKDispatch, Value
+from moe_rewrite.lower import auto, triton
 from moe_rewrite.lower import grouped_product as grouped
 from moe_rewrite.lower.batched_product import gather_and_multiply, multiply_and_sum
 from moe_rewrite.lower.grouped_product import grouped_product
@@ -422,3 +424,50 @@ def test_operator_of_the_batched_product(has_bias, dtype):
     expert = torch.tensor([2, 0, 0, 3, 2, 2, 2, 0])
     inputs = rows.requires_grad_(), weight.requires_grad_(), expert, bias
     torch.library.opcheck(torch.ops.moe_rewrite.batched_mm.default, inputs)
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    """What ``auto`` looks at in a loop."""
+
+    num_pairs: Any
+    device: torch.device
+    dispatch: Any = None
+    dtype: torch.dtype = torch.bfloat16
+
+    def matmuls(self) -> list[Any]:
+        example = torch.empty(2, 2, dtype=self.dtype, device="meta")
+        operand = types.SimpleNamespace(example=example)
+        return [types.SimpleNamespace(args=(operand, operand))]
+
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("loop", "needs_grad", "chosen"),
+    [
+        (Sized(8, GPU), False, "batched_mm"),
+        (Sized(9, GPU), False, "triton"),
+        (Sized(9, GPU), True, "grouped_mm"),
+        (Sized(2**20, GPU), False, "triton"),
+        (Sized(2**20, GPU, dtype=torch.float64), False, "grouped_mm"),
+        (Sized(None, GPU), False, "grouped_mm"),
+        (Sized(16, CPU), False, "batched_mm"),
+        (Sized(17, CPU), False, "grouped_mm"),
+        (Sized(2**20, torch.device("xpu")), False, "grouped_mm"),
+        (Sized(2**20, GPU, EveryToken()), False, "batched_mm"),
+    ],
+)
+def test_auto(monkeypatch, loop, needs_grad, chosen):
+    monkeypatch.setattr(triton, "available", lambda device: device.type == "cuda")
+    name, why = auto.pick(loop, needs_grad)
+    assert (name, why.split(":")[0]) == (chosen, "auto")
+
+
+def test_auto_without_kernels(monkeypatch):
+    monkeypatch.setattr(triton, "available", lambda device: False)
+    assert auto.pick(Sized(9, GPU), False)[0] == "grouped_mm"

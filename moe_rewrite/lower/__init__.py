@@ -121,16 +121,17 @@ def check_name(name: object) -> str:
     raise OptionsError(f"there is no experts backend {name!r}.{hint} There are: {', '.join(map(repr, names))}.")
 
 
-def choose(name: str, loop: ExpertsLoop) -> tuple[ExpertsBackend | None, str]:
+def choose(name: str, loop: ExpertsLoop, needs_grad: bool) -> tuple[ExpertsBackend | None, str]:
     """The experts backend that a mapping's ``name`` means for ``loop``, and why.
 
-    The first is None where the loop is to be left as it is: it is so configured, or the backend cannot take the loop.
+    ``needs_grad`` says whether there may be a gradient to compute. The first is None where the loop is to be left as it
+    is: it is so configured, or the backend cannot take the loop.
     """
     if name == EAGER:
         return None, "experts backend 'eager' is configured for it"
     why = "configured"
     if name == AUTO:
-        name, why = auto.pick(loop)
+        name, why = auto.pick(loop, needs_grad)
     backend = _REGISTRY[name]
     reason = backend.check(loop)
     if reason is not None:

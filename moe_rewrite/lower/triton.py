@@ -32,7 +32,7 @@ SHARED = 0.1
 
 def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     """Lower ``loop`` to products by kernels; where they do not run, to what ``grouped_mm`` makes of it."""
-    if not available(loop.device) or not all(_is_taken(step) for step in loop.matmuls()):
+    if not runs(loop):
         grouped_mm.lower(loop, lifted)
         return
     pairs = lifted.pairs()
@@ -50,6 +50,11 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     for stage in [] if lifted.needs_grad else epilogue.stages(loop):
         instead[stage.result] = partial(_staged, lifted, multiply, pairs, stage, sources.get(stage.rows))
     lifted.run(pairs, product, with_bias=product, instead=instead)
+
+
+def runs(loop: ExpertsLoop) -> bool:
+    """Whether the kernels run on the loop's device, and take its products."""
+    return available(loop.device) and all(_is_taken(step) for step in loop.matmuls())
 
 
 def _is_taken(step: Step) -> bool:
