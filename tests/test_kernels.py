@@ -623,11 +623,11 @@ def _launch(shape: Shape, launch: dict[str, Any]) -> tuple[dict[str, Any], dict[
     return constants, options
 
 
-def _outer(dtype: str) -> tuple[Any, ...]:
-    size = torch.finfo(getattr(torch, dtype)).bits // 8
-    constants = {"BLOCK_M": 32, "BLOCK_N": 128 if size == 2 else 64, "BLOCK_K": 64, "HAS_ORDER": True}
-    constants |= {"PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
-    return "outer", dtype, constants, {}, ("rows grad result", "order offsets", "")
+def _outer(shape: Shape, dtype: str, wide: bool = True) -> tuple[Any, ...]:
+    launch = launches._outer_tile(shape.inner, shape.columns, getattr(torch, dtype), wide)
+    more = {"HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    return "outer", dtype, {**launch, **more}, options, ("rows grad result", "order offsets", "")
 
 
 def _sort(pairs: int, groups: int) -> tuple[Any, ...]:
@@ -658,7 +658,9 @@ COMPILED = {
     "float32": (_multiply(QWEN_UP, 4096, "float32"), (80, 90)),
     "one by one": (_each(QWEN_UP, "bfloat16"), (80, 90)),
     "one by one, interleaved": (_each(GPT_OSS_UP, "bfloat16"), (90,)),
-    "gradient of the weight": (_outer("bfloat16"), (80, 90)),
+    "gradient of the weight": (_outer(QWEN_DOWN, "bfloat16"), (90, 100)),
+    "gradient of the weight, narrow": (_outer(QWEN_DOWN, "bfloat16", wide=False), (80, 89)),
+    "gradient of the weight in float32": (_outer(QWEN_DOWN, "float32"), (90,)),
     "sort": (_sort(4096 * 4, 60), (80, 90)),
     "sort of few": (_sort(8, 60), (90,)),
     "count": (_count(60), (90,)),

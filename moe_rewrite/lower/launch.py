@@ -140,17 +140,15 @@ def outer(
     result = rows.new_empty(groups, inner, columns)
     if result.numel() == 0:
         return result
-    block_k, block_n = _block(inner, 64), _block(columns, 128 if rows.dtype.itemsize == 2 else 64)
-    blocks_k = triton.cdiv(inner, block_k)
-    grid = (groups * blocks_k, triton.cdiv(columns, block_n))
+    launch = _outer_tile(inner, columns, rows.dtype, _multiplies_wide(rows.device))
+    blocks_k = triton.cdiv(inner, launch["BLOCK_K"])
+    grid = (groups * blocks_k, triton.cdiv(columns, launch["BLOCK_N"]))
     offsets = offsets.contiguous()
     with _on(rows, seen):
         _kernel(kernels.outer, seen)[grid](
             *(rows, grad, offsets if order is None else order.contiguous(), offsets, result),
             *(blocks_k, inner, columns, own or max(1, grad.shape[0]), after, *rows.stride(), *grad.stride()),
-            BLOCK_M=32,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
+            **launch,
             HAS_ORDER=order is not None,
             PRECISION=_precision(),
             WIDEN=interpreted() and rows.dtype is torch.bfloat16,
@@ -190,6 +188,8 @@ def _tile(
         most_m, most_n, most_k, warps, stages = 128, 256, 64, 8, (4 if inner <= 2048 else 3)
     else:
         most_m, most_n, most_k, warps, stages = 128, 128, 64, 8, 3
+    if inner % most_k and inner % (most_k // 2) == 0:
+        most_k //= 2  # loads without masks are worth more than deep ones
     block_n, block_k = _block(columns, most_n // products), _block(inner, most_k)
     return {
         "BLOCK_M": most_m,
@@ -201,6 +201,18 @@ def _tile(
         "num_warps": warps,
         "num_stages": stages,
     }
+
+
+def _outer_tile(inner: int, columns: int, dtype: torch.dtype, wide: bool) -> dict[str, Any]:
+    """Tiles of a gradient, and how many rows are read at a time."""
+    if dtype.itemsize == 4:
+        most_k, most_n, rows, warps = 64, 64, 32, 4
+    elif wide:
+        most_k, most_n, rows, warps = 128, 256, 64, 8
+    else:
+        most_k, most_n, rows, warps = 64, 128, 32, 4
+    blocks = {"BLOCK_M": rows, "BLOCK_N": _block(columns, most_n), "BLOCK_K": _block(inner, most_k)}
+    return {**blocks, "num_warps": warps, "num_stages": 3}
 
 
 def _columns_of_a_program(inner: int, columns: int, weight: Tensor) -> dict[str, Any]:
