@@ -9,6 +9,7 @@ graph to ranges of sizes: there it is an operator that they do not see into, whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ ADD_VECTOR = "add v0 v1"
 
 def _is_seen(*given: Tensor | int | None) -> bool:
     """Whether compilers are to see the kernels: on a GPU, where no size or stride is a symbol."""
-    if launch.interpreted():
+    if launch.triton is None or launch.interpreted():
         return False
     sizes: list[Any] = []
     for one in given:
@@ -140,12 +141,19 @@ def _rows_outer(*args: Any) -> Tensor:
     return launch.outer(*args, seen=False)
 
 
-@torch.library.triton_op("moe_rewrite::sort_by_expert_seen", mutates_args=())
+def _triton_op(name: str) -> Callable[[Any], Any]:
+    """``torch.library.triton_op``; without Triton, where it would warn, the function as it is."""
+    if launch.triton is None:
+        return lambda function: function
+    return torch.library.triton_op(f"moe_rewrite::{name}", mutates_args=())
+
+
+@_triton_op("sort_by_expert_seen")
 def _sort_seen(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return launch.sort(experts, groups, seen=True)
 
 
-@torch.library.triton_op("moe_rewrite::rows_mm_seen", mutates_args=())
+@_triton_op("rows_mm_seen")
 def _rows_mm_seen(
     rows: Tensor,
     weights: list[Tensor],
@@ -164,7 +172,7 @@ def _rows_mm_seen(
     return launch.multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how, seen=True)
 
 
-@torch.library.triton_op("moe_rewrite::rows_outer_seen", mutates_args=())
+@_triton_op("rows_outer_seen")
 def _rows_outer_seen(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int) -> Tensor:
     return launch.outer(rows, grad, order, offsets, own, after, seen=True)
 
@@ -221,4 +229,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("moe_rewrite::rows_mm", _backward, setup_context=_save, lib=_LIBRARY)
-_rows_mm_seen.register_autograd(_backward, setup_context=_save)
+if launch.triton is not None:
+    _rows_mm_seen.register_autograd(_backward, setup_context=_save)
