@@ -16,6 +16,7 @@ try:
 except ImportError:  # torch for the CPU comes without it
     triton = None
 
+HAS_TRITON = triton is not None
 FEW = 2048
 """Up to how many pairs one launch sorts them."""
 

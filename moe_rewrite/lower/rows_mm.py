@@ -9,7 +9,6 @@ graph to ranges of sizes: there it is an operator that they do not see into, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ ADD_VECTOR = "add v0 v1"
 
 def _is_seen(*given: Tensor | int | None) -> bool:
     """Whether compilers are to see the kernels: on a GPU, where no size or stride is a symbol."""
-    if launch.triton is None or launch.interpreted():
+    if not launch.HAS_TRITON or launch.interpreted():
         return False
     sizes: list[Any] = []
     for one in given:
@@ -141,9 +140,9 @@ def _rows_outer(*args: Any) -> Tensor:
     return launch.outer(*args, seen=False)
 
 
-def _triton_op(name: str) -> Callable[[Any], Any]:
+def _triton_op(name: str) -> Any:
     """``torch.library.triton_op``; without Triton, where it would warn, the function as it is."""
-    if launch.triton is None:
+    if not launch.HAS_TRITON:
         return lambda function: function
     return torch.library.triton_op(f"moe_rewrite::{name}", mutates_args=())
 
@@ -229,5 +228,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("moe_rewrite::rows_mm", _backward, setup_context=_save, lib=_LIBRARY)
-if launch.triton is not None:
+if launch.HAS_TRITON:
     _rows_mm_seen.register_autograd(_backward, setup_context=_save)
