@@ -67,7 +67,8 @@ def moe_rewrite(
     if refused and capture is not None:
         capture.give_up(refused)
     try:
-        reports = carry_out(plans, fuses=parsed.inner == "inductor" or session.explains)
+        fuses = parsed.inner == "inductor" or session.explains
+        reports = carry_out(plans, fuses, parsed.max_autotune)
     except LoopRefused as error:
         if capture is not None:
             session.refused(error.reports)

@@ -123,6 +123,12 @@ class Options:
     pack: bool = True
     inner_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def max_autotune(self) -> bool:
+        """Whether inductor is asked to search for the fastest kernels."""
+        named = self.mode is not None and self.mode.startswith("max-autotune")
+        return named or any(self.inner_options.get(name) for name in ("max_autotune", "max_autotune_gemm"))
+
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
         """From the ``mode=`` and ``options=`` of ``torch.compile``.

@@ -108,8 +108,13 @@ def _may_require_grad(node: fx.Node) -> bool:
     return any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(example))
 
 
-def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
+def carry_out(plans: list[Plan], fuses: bool, max_autotune: bool = False) -> list[LoopReport]:
     """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop.
+
+    Args:
+        plans: what is to become of each loop.
+        fuses: see :func:`rewrite`.
+        max_autotune: whether the user asked for a search for the fastest kernels.
 
     Raises:
         LoopRefused: a loop cannot be lowered after all. What was done so far is not undone.
@@ -124,7 +129,7 @@ def carry_out(plans: list[Plan], fuses: bool) -> list[LoopReport]:
             continue
         outputs: list[fx.Node] = []
         if report is not None and plan.backend is not None:
-            report, outputs = _replace(plan, report, plan.backend, fuses, replaced, known)
+            report, outputs = _replace(plan, report, plan.backend, (fuses, max_autotune), replaced, known)
             reports.append(report)
         for marker, source in zip(plan.finding.region.results, plan.finding.results, strict=True):
             node = outputs[source] if isinstance(source, int) else source
@@ -158,7 +163,7 @@ def _replace(
     plan: Plan,
     report: LoopReport,
     backend: ExpertsBackend,
-    fuses: bool,
+    wishes: tuple[bool, bool],
     replaced: dict[fx.Node, fx.Node],
     known: dict[Hashable, fx.GraphModule],
 ) -> tuple[LoopReport, list[fx.Node]]:
@@ -168,7 +173,7 @@ def _replace(
         plan: its plan.
         report: what is reported of it.
         backend: what it is lowered to.
-        fuses: see :func:`rewrite`.
+        wishes: ``fuses`` and ``max_autotune``, see :func:`carry_out`.
         replaced: what stands in the place of results of loops before it.
         known: the replacements of loops before it, by what they were made of.
     """
@@ -176,7 +181,8 @@ def _replace(
     loop = dataclasses.replace(report.loop, inputs=tuple(replaced.get(node, node) for node in report.loop.inputs))
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        lifted = Lifted(loop, inputs, fuses, plan.needs_grad)
+        fuses, max_autotune = wishes
+        lifted = Lifted(loop, inputs, fuses, plan.needs_grad, max_autotune)
         backend.build(loop, lifted)
         return lifted.outputs
 

@@ -221,11 +221,11 @@ def describe_kernels(given: argparse.Namespace) -> None:
         gate_up = list(up.transpose(1, 2).split(given.intermediate, 2))
         sizes = (given.tokens * given.top_k, given.tokens, given.top_k)
         for dispatch in ((order, offsets, None), (None, None, key)):
-            how = False, "silu v0;mul v2 v1", dtype
+            how = False, "silu v0;mul v2 v1", dtype, False
             rows = launch.multiply(x, gate_up, [], *dispatch, *sizes, *how, seen=False)
-            sizes_down, how = (len(rows), len(rows), 1), (False, "", dtype)
+            sizes_down, how = (len(rows), len(rows), 1), (False, "", dtype, False)
             launch.multiply(rows, [gate_up[0].transpose(1, 2)], [], *dispatch, *sizes_down, *how, seen=False)
-        launch.outer(x, rows, order, offsets, *sizes[1:], seen=False)
+        launch.outer(x, rows, order, offsets, *sizes[1:], False, seen=False)
 
 
 def main() -> None:

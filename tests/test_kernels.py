@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import moe_rewrite
-from moe_rewrite.lower import kernels, rows_mm
+from moe_rewrite.lower import kernels, rows_mm, tiles
 from moe_rewrite.lower import launch as launches
 
 triton = pytest.importorskip("triton", reason="torch for the CPU comes without triton")
@@ -344,7 +344,7 @@ def test_operator(requires_grad, gather):
         tensor.requires_grad_(requires_grad) for tensor in (drawn(own or pairs, 4), drawn(3, 4, 5), drawn(3, 5))
     )
     op = torch.ops.moe_rewrite.rows_mm.default
-    given = [weight], [bias], order, offsets, None, pairs, own, after, False, rows_mm.ADD_VECTOR, rows.dtype
+    given = [weight], [bias], order, offsets, None, pairs, own, after, False, rows_mm.ADD_VECTOR, rows.dtype, False
     torch.library.opcheck(op, (rows, *given))
 
 
@@ -353,7 +353,7 @@ def test_operators_without_gradient():
     ids, grad = ids_of(10, low=-1, high=4), drawn(10, 5)
     order, offsets = rows_mm.sort_by_expert(ids, 3)
     torch.library.opcheck(torch.ops.moe_rewrite.sort_by_expert.default, (ids, 3))
-    torch.library.opcheck(torch.ops.moe_rewrite.rows_outer.default, (drawn(5, 4), grad, order, offsets, 5, 2))
+    torch.library.opcheck(torch.ops.moe_rewrite.rows_outer.default, (drawn(5, 4), grad, order, offsets, 5, 2, False))
 
 
 # --- rows_outer -------------------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ COMPILE = '''
 import json, re, subprocess, sys, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moe_rewrite.lower import kernels, rows_mm
+from moe_rewrite.lower import kernels, rows_mm, tiles
 from moe_rewrite.lower import launch as launches
 
 
@@ -596,51 +596,57 @@ GPT_OSS_ALONG_N = dataclasses.replace(GPT_OSS_UP, contiguous="n")
 ROWS = ("rows weight second_weight vector second_vector result", "order offsets", "")
 
 
-def _multiply(shape: Shape, tokens: int, dtype: str, wide: bool = True) -> tuple[Any, ...]:
-    pairs, kind = tokens * shape.top_k, getattr(torch, dtype)
-    launch = launches._tile(pairs, shape.experts, shape.inner, shape.columns, shape.products, kind, wide)
-    more = {"GROUPS": launches._power(shape.experts + 1), "HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False}
-    return "multiply", dtype, *_launch(shape, {**more, **launch}), ROWS
+def _multiply(shape: Shape, tokens: int, dtype: str, wide: bool = True) -> list[tuple[Any, ...]]:
+    kind = getattr(torch, dtype)
+    found = tiles.of_products(
+        tokens * shape.top_k, shape.experts, shape.inner, shape.columns, shape.products, kind, wide
+    )
+    more = {"GROUPS": tiles.power(shape.experts + 1), "HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False}
+    return [("multiply", dtype, *_launch(shape, {**more, "TILES_TOGETHER": 8}, tile), ROWS) for tile in found]
 
 
-def _each(shape: Shape, dtype: str) -> tuple[Any, ...]:
-    weight = torch.empty(shape.experts, shape.columns, shape.inner, device="meta").transpose(1, 2)
-    launch = launches._columns_of_a_program(shape.inner, shape.columns, weight)
-    return "multiply_each", dtype, *_launch(shape, launch), (ROWS[0], "", "experts")
+def _each(shape: Shape, dtype: str) -> list[tuple[Any, ...]]:
+    found = tiles.of_single_rows(shape.inner, shape.columns, is_along_inner=True)
+    return [("multiply_each", dtype, *_launch(shape, {}, tile), (ROWS[0], "", "experts")) for tile in found]
 
 
-def _launch(shape: Shape, launch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _launch(shape: Shape, more: dict[str, Any], tile: tiles.Tile) -> tuple[dict[str, Any], dict[str, Any]]:
     constants = {
+        "DIVIDES_K": tiles.divisor(shape.inner),
+        "DIVIDES_N": tiles.divisor(shape.columns),
         "PRODUCTS": shape.products,
         "INTERLEAVED": shape.interleaved,
         "VECTORS": shape.vectors,
         "EPILOGUE": shape.program,
         **dict.fromkeys(("rows_k", f"weight_{shape.contiguous}"), 1),
         **({} if shape.interleaved else dict.fromkeys((f"second_{shape.contiguous}", "vector_n"), 1)),
-        **launch,
+        **more,
     }
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    return constants, options
+    return _with_tile(constants, tile)
 
 
-def _outer(shape: Shape, dtype: str, wide: bool = True) -> tuple[Any, ...]:
-    launch = launches._outer_tile(shape.inner, shape.columns, getattr(torch, dtype), wide)
-    more = {"HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-    return "outer", dtype, {**launch, **more}, options, ("rows grad result", "order offsets", "")
+def _with_tile(constants: dict[str, Any], tile: tiles.Tile) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {**constants, **dict(tile.blocks)}, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _sort(pairs: int, groups: int) -> tuple[Any, ...]:
-    many, part = pairs > launches.FEW, launches._block(pairs, 128)
-    sizes = (1024, part, 16) if many else (part, part, launches._block(pairs, 1024))
+def _outer(shape: Shape, dtype: str, wide: bool = True) -> list[tuple[Any, ...]]:
+    constants = {"HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
+    found = tiles.of_gradients(shape.inner, shape.columns, getattr(torch, dtype), wide)
+    pointers = ("rows grad result", "order offsets", "")
+    return [("outer", dtype, *_with_tile(constants, tile), pointers) for tile in found]
+
+
+def _sort(pairs: int, groups: int) -> list[tuple[Any, ...]]:
+    many, part = pairs > launches.FEW, tiles.block(pairs, 128)
+    sizes = (1024, part, 16) if many else (part, part, tiles.block(pairs, 1024))
     constants = dict(zip(("BLOCK", "PART", "COUNTED"), sizes, strict=True))
-    constants |= {"GROUPS": launches._power(groups + 2), "HAS_COUNTS": many}
-    return "sort", "bfloat16", constants, {}, ("", "counts order offsets", "experts")
+    constants |= {"GROUPS": tiles.power(groups + 2), "HAS_COUNTS": many}
+    return [("sort", "bfloat16", constants, {}, ("", "counts order offsets", "experts"))]
 
 
-def _count(groups: int) -> tuple[Any, ...]:
-    constants = {"BLOCK": 1024, "GROUPS": launches._power(groups + 2)}
-    return "count", "bfloat16", constants, {}, ("", "counts", "experts")
+def _count(groups: int) -> list[tuple[Any, ...]]:
+    constants = {"BLOCK": 1024, "GROUPS": tiles.power(groups + 2)}
+    return [("count", "bfloat16", constants, {}, ("", "counts", "experts"))]
 
 
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -665,13 +671,19 @@ COMPILED = {
     "sort of few": (_sort(8, 60), (90,)),
     "count": (_count(60), (90,)),
 }
+TUNED = ("few tokens", "some tokens", "many tokens", "gradient of the weight")
 SPILLS = {"interleaved": 224, "interleaved along N": 32}
 """Bytes of registers that are put away: the long epilogue of the widest tile has too many values at a time."""
 
 
 def test_compiled_for_gpus(tmp_path):
-    """As the launchers ask for it: it compiles, shared memory suffices, and registers do too."""
-    cases = [(name, capability, case) for name, (case, capabilities) in COMPILED.items() for capability in capabilities]
+    """It compiles and shared memory suffices, on an H200 with every tile; with the one that is taken registers do too."""
+    cases = [
+        (f"{name}, tile {number}", capability, case)
+        for name, (of_tiles, capabilities) in COMPILED.items()
+        for capability in capabilities
+        for number, case in enumerate(of_tiles[: None if capability == 90 and name in TUNED else 1])
+    ]
     root = pathlib.Path(moe_rewrite.__file__).parent.parent
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     said = subprocess.run(
@@ -688,7 +700,8 @@ def test_compiled_for_gpus(tmp_path):
         print(f"{name} on SM{capability}: {one}")
     for (name, capability, _), one in zip(cases, found, strict=True):
         assert one["shared"] <= SHARED[capability] * 1024, f"{name} on SM{capability}: {one}"
-        assert one["spills"] <= SPILLS.get(name, 0), f"{name} on SM{capability}: {one}"
+        kernel, _, number = name.rpartition(", tile ")
+        assert int(number) or one["spills"] <= SPILLS.get(kernel, 0), f"{name} on SM{capability}: {one}"
 
 
 def _ordered(case: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -224,15 +224,14 @@ def multiply(
     vector_n,
     second_vector_e,
     second_vector_n,
-    tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES_TOGETHER: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    DIVIDES_K: tl.constexpr,
+    DIVIDES_N: tl.constexpr,
     PRODUCTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     VECTORS: tl.constexpr,
@@ -246,9 +245,14 @@ def multiply(
     ``weight``, and what it gives is taken apart.
 
     Programs that run at the same time share weights and rows in the cache: ``TILES_TOGETHER`` tiles go through all
-    columns before the next ones do.
+    columns before the next ones do. ``DIVIDES_K`` and ``DIVIDES_N`` are powers of two that divide ``inner`` and
+    ``columns``: blocks that divide those need no masks.
     """
+    EVEN_K: tl.constexpr = DIVIDES_K % BLOCK_K == 0
+    EVEN_N: tl.constexpr = DIVIDES_N % BLOCK_N == 0
     blocks_n = tl.cdiv(columns, BLOCK_N)
+    # Every group may end with a tile that is not full, that of no expert too; no tile is empty.
+    tiles = min(pairs, tl.cdiv(pairs, BLOCK_M) + groups + 1)
     together = tl.program_id(0) // (TILES_TOGETHER * blocks_n) * TILES_TOGETHER
     height = min(tiles - together, TILES_TOGETHER)
     within = tl.program_id(0) % (TILES_TOGETHER * blocks_n)
@@ -338,14 +342,16 @@ def multiply_each(
     second_vector_n,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    DIVIDES_K: tl.constexpr,
+    DIVIDES_N: tl.constexpr,
     PRODUCTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     VECTORS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     """The same for one pair a program: no sorting, for so few pairs that hardly two share an expert."""
+    EVEN_K: tl.constexpr = DIVIDES_K % BLOCK_K == 0
+    EVEN_N: tl.constexpr = DIVIDES_N % BLOCK_N == 0
     pair = tl.program_id(1)
     expert = tl.load(experts + pair).to(tl.int64)
     begin = tl.program_id(0) * BLOCK_N
@@ -405,7 +411,6 @@ def outer(
     order,
     offsets,
     result,
-    blocks_k,
     inner,
     columns,
     own,
@@ -422,6 +427,7 @@ def outer(
     WIDEN: tl.constexpr,
 ):
     """One tile of ``result[group] = sum of rows[pair // after % own] x grad[pair]`` over the pairs of the group."""
+    blocks_k = tl.cdiv(inner, BLOCK_K)
     group = tl.program_id(0) // blocks_k
     first = tl.load(offsets + group - 1, mask=group > 0, other=0)
     stop = tl.load(offsets + group)

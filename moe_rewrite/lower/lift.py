@@ -44,11 +44,20 @@ class Lifted:
         fuses: whether the inner compiler fuses elementwise operators into reductions, as inductor does. Without it a
             large intermediate value is a large piece of memory.
         needs_grad: whether there may be a gradient to compute.
+        max_autotune: whether the user asked for a search for the fastest kernels.
     """
 
-    def __init__(self, loop: ExpertsLoop, inputs: Sequence[Any], fuses: bool, needs_grad: bool = True) -> None:
+    def __init__(
+        self,
+        loop: ExpertsLoop,
+        inputs: Sequence[Any],
+        fuses: bool,
+        needs_grad: bool = True,
+        max_autotune: bool = False,
+    ) -> None:
         self.loop = loop
         self.fuses = fuses
+        self.max_autotune = max_autotune
         self.needs_grad = needs_grad
         # What is computed for pairs of no expert is dropped. It matters what it is where a gradient goes through it, or
         # where it is an index.

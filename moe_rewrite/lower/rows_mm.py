@@ -23,10 +23,12 @@ _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 # Pair `p` has row `p // after % own`; where `own` is 0 it has row `p`.
 _LIBRARY.define(
     "rows_mm(Tensor rows, Tensor[] weights, Tensor[] vectors, Tensor? order, Tensor? offsets, Tensor? experts, "
-    "SymInt pairs, SymInt own, SymInt after, bool interleaved, str epilogue, ScalarType dtype) -> Tensor"
+    "SymInt pairs, SymInt own, SymInt after, bool interleaved, str epilogue, ScalarType dtype, "
+    "bool max_autotune) -> Tensor"
 )
 _LIBRARY.define(
-    "rows_outer(Tensor rows, Tensor grad, Tensor? order, Tensor offsets, SymInt own, SymInt after) -> Tensor"
+    "rows_outer(Tensor rows, Tensor grad, Tensor? order, Tensor offsets, SymInt own, SymInt after, "
+    "bool max_autotune) -> Tensor"
 )
 _LIBRARY.define("sort_by_expert(Tensor experts, SymInt groups) -> (Tensor, Tensor)")
 
@@ -59,6 +61,7 @@ def rows_mm(
     interleaved: bool = False,
     epilogue: str = "",
     dtype: torch.dtype | None = None,
+    max_autotune: bool = False,
 ) -> Tensor:
     """For each pair ``epilogue(row @ weight of its expert, ...)``; zeros for a pair of no expert.
 
@@ -75,6 +78,7 @@ def rows_mm(
         interleaved: there is one weight, ``[E, K, 2 N]``, that is two: its even columns, and its odd ones.
         epilogue: a program as in ``kernels.py``, over the products, then the vectors.
         dtype: of the result; that of the rows if None.
+        max_autotune: whether the first call is to try several tiles. Only where compilers see the kernels.
 
     Returns:
         ``[P, N]``, in the order of the pairs.
@@ -82,13 +86,19 @@ def rows_mm(
     pairs, own, after = gather or (rows.shape[0], 0, 1)
     is_seen = _is_seen(rows, *weights, *vectors, order, offsets, experts, pairs, own, after)
     multiply = _rows_mm_seen if is_seen else torch.ops.moe_rewrite.rows_mm
-    how = interleaved, epilogue, dtype or rows.dtype
+    how = interleaved, epilogue, dtype or rows.dtype, max_autotune
     result: Tensor = multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how)
     return result
 
 
 def rows_outer(
-    rows: Tensor, grad: Tensor, offsets: Tensor, order: Tensor | None = None, own: int | None = None, after: int = 1
+    rows: Tensor,
+    grad: Tensor,
+    offsets: Tensor,
+    order: Tensor | None = None,
+    own: int | None = None,
+    after: int = 1,
+    max_autotune: bool = False,
 ) -> Tensor:
     """For each expert the sum of ``row x gradient`` over its pairs, ``[E, K, N]``: the gradient of its weight.
 
@@ -99,10 +109,11 @@ def rows_outer(
         order: the pairs sorted by expert, ``[P]`` int32; None where they are sorted.
         own: the number of rows; None where each pair has its own.
         after: how many pairs in a row have the same row.
+        max_autotune: see :func:`rows_mm`.
     """
     is_seen = _is_seen(rows, grad, order, offsets, own, after)
     multiply = _rows_outer_seen if is_seen else torch.ops.moe_rewrite.rows_outer
-    result: Tensor = multiply(rows, grad, order, offsets, own or 0, after)
+    result: Tensor = multiply(rows, grad, order, offsets, own or 0, after, max_autotune)
     return result
 
 
@@ -166,14 +177,17 @@ def _rows_mm_seen(
     interleaved: bool,
     epilogue: str,
     dtype: torch.dtype,
+    max_autotune: bool,
 ) -> Tensor:
-    how = interleaved, epilogue, dtype
+    how = interleaved, epilogue, dtype, max_autotune
     return launch.multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how, seen=True)
 
 
 @_triton_op("rows_outer_seen")
-def _rows_outer_seen(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int) -> Tensor:
-    return launch.outer(rows, grad, order, offsets, own, after, seen=True)
+def _rows_outer_seen(
+    rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int, max_autotune: bool
+) -> Tensor:
+    return launch.outer(rows, grad, order, offsets, own, after, max_autotune, seen=True)
 
 
 @torch.library.register_fake("moe_rewrite::sort_by_expert", lib=_LIBRARY)
@@ -183,21 +197,22 @@ def _(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("moe_rewrite::rows_mm", lib=_LIBRARY)
 def _(rows: Tensor, weights: list[Tensor], *rest: Any) -> Tensor:
-    *_, pairs, _own, _after, interleaved, _epilogue, dtype = rest
+    *_, pairs, _own, _after, interleaved, _epilogue, dtype, _max_autotune = rest
     columns = weights[0].shape[2]
     return rows.new_empty(pairs, columns // 2 if interleaved else columns, dtype=dtype)
 
 
 @torch.library.register_fake("moe_rewrite::rows_outer", lib=_LIBRARY)
-def _(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int) -> Tensor:
+def _(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, *rest: Any) -> Tensor:
     return rows.new_empty(offsets.shape[0], rows.shape[1], grad.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, vectors, order, offsets, experts, pairs, own, after, interleaved, epilogue, dtype = inputs
+    rows, weights, vectors, order, offsets, experts, pairs, own, after, interleaved, epilogue, dtype, tunes = inputs
     adds = (len(vectors), epilogue) in ((0, ""), (1, ADD_VECTOR))
     ctx.plain = len(weights) == 1 and not interleaved and adds and dtype is rows.dtype
     ctx.sizes = pairs, own, after, bool(vectors)
+    ctx.max_autotune = tunes
     ctx.save_for_backward(rows, weights[0], order, offsets, experts)
 
 
@@ -211,7 +226,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_bias = has_bias and bool(needs[2] if isinstance(needs[2], bool) else any(needs[2]))
     grad_rows = grad_weight = grad_bias = None
     if needs[0]:
-        grad_rows = rows_mm(grad, [weight.transpose(1, 2)], [], order=order, offsets=offsets, experts=experts)
+        told = {"order": order, "offsets": offsets, "experts": experts, "max_autotune": ctx.max_autotune}
+        grad_rows = rows_mm(grad, [weight.transpose(1, 2)], [], **told)
         if isinstance(pairs, int) and pairs == 0:
             grad_rows = torch.zeros_like(rows)
         elif not (isinstance(own, int) and own == 0):
@@ -220,11 +236,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if offsets is None:
             order, offsets = sort_by_expert(experts, weight.shape[0])
         if needs_weight:
-            grad_weight = rows_outer(rows, grad, offsets, order, own, after)
+            grad_weight = rows_outer(rows, grad, offsets, order, own, after, ctx.max_autotune)
         if needs_bias:
             grad_bias = rows_outer(grad.new_ones(pairs, 1), grad, offsets, order).squeeze(1)
     vectors = [grad_bias] if has_bias else []
-    return grad_rows, [grad_weight], vectors, *[None] * 9
+    return grad_rows, [grad_weight], vectors, *[None] * 10
 
 
 torch.library.register_autograd("moe_rewrite::rows_mm", _backward, setup_context=_save, lib=_LIBRARY)

@@ -36,7 +36,7 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
         grouped_mm.lower(loop, lifted)
         return
     pairs = lifted.pairs()
-    multiply: Multiply = partial(rows_mm, **_dispatch(loop, pairs))
+    multiply: Multiply = partial(rows_mm, max_autotune=lifted.max_autotune, **_dispatch(loop, pairs))
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         vectors, program = ([], "") if bias is None else ([bias], ADD_VECTOR)
