@@ -677,7 +677,7 @@ SPILLS = {"interleaved": 224, "interleaved along N": 32}
 
 
 def test_compiled_for_gpus(tmp_path):
-    """It compiles and shared memory suffices, on an H200 with every tile; with the one that is taken registers do too."""
+    """It compiles and shared memory suffices, on an H200 with every tile; with the one taken registers do too."""
     cases = [
         (f"{name}, tile {number}", capability, case)
         for name, (of_tiles, capabilities) in COMPILED.items()

@@ -18,7 +18,7 @@ from loops import TOP_K, Moe, Routed, Stack, inputs, loop_over, plain, states
 from torch import Tensor, fx, nn
 
 import moe_rewrite
-from moe_rewrite.config import ExpertsMapping
+from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.loop import ExpertsLoop
 from moe_rewrite.lower import Lifted
 
@@ -75,6 +75,23 @@ def test_bad_options(options: dict[str, Any], words: list[str]) -> None:
 def test_mode_given_twice() -> None:
     with pytest.raises(RuntimeError, match="mode or options"):
         torch.compile(Moe(LOOP), backend="moe_rewrite", mode="max-autotune", options={"mode": "default"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "searches"),
+    [
+        (None, {}, False),
+        ("reduce-overhead", {}, False),
+        ("max-autotune", {}, True),
+        ("max-autotune-no-cudagraphs", {}, True),
+        (None, {"mode": "max-autotune"}, True),
+        (None, {"max_autotune": True}, True),
+        (None, {"max_autotune": False}, False),
+        (None, {"max_autotune_gemm": True}, True),
+    ],
+)
+def test_max_autotune(mode: str | None, options: dict[str, Any], searches: bool) -> None:
+    assert Options.parse(mode, options).max_autotune is searches
 
 
 @pytest.mark.parametrize(

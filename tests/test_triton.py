@@ -256,6 +256,21 @@ def test_few_pairs_of_many_experts(recorded, monkeypatch):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_searches_where_it_is_asked_for(monkeypatch, mode):
+    told = []
+    multiply = experts_backend.rows_mm
+    monkeypatch.setattr(
+        experts_backend, "rows_mm", lambda *args, **how: told.append(how["max_autotune"]) or multiply(*args, **how)
+    )
+    module = Block(_one_each)
+    options = {"experts": "triton", "mode": mode}
+    with torch.no_grad():
+        torch.compile(module, backend="moe_rewrite", fullgraph=True, options=options)(*inputs())
+    assert told and set(told) == {mode != "default"}
+
+
+@needs_interpreter
 def test_only_what_is_before_requires_grad(recorded):
     """Something before the first loop is trained: nothing is fused after it."""
 
