@@ -52,7 +52,7 @@ def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor]:
     bins, counts, counted = power(groups + 2), offsets, block(pairs, 1024)
     size = part = block(pairs, 128)
     has_counts = pairs > FEW
-    with _on(experts, seen):
+    with _on(experts):
         if has_counts:
             size, counted = 1024, 16
             blocks = triton.cdiv(pairs, size)
@@ -112,7 +112,7 @@ def multiply(
         "EPILOGUE": epilogue,
     }
     sizes = groups, inner, columns, own or pairs, after
-    with _on(rows, seen):
+    with _on(rows):
         if experts is not None:
             tiles = of_single_rows(inner, columns, weights[0].stride(1) == 1)
             run = _launcher(kernels.multiply_each, tiles, max_autotune, seen)
@@ -163,7 +163,7 @@ def outer(
         return groups * triton.cdiv(inner, meta["BLOCK_K"]), triton.cdiv(columns, meta["BLOCK_N"])
 
     offsets = offsets.contiguous()
-    with _on(rows, seen):
+    with _on(rows):
         run = _launcher(kernels.outer, tiles, max_autotune, seen)
         run(grid)(
             *(rows, grad, offsets if order is None else order.contiguous(), offsets, result),
@@ -197,8 +197,8 @@ def _kernel(kernel: Any, seen: bool) -> Any:
     return torch.library.wrap_triton(kernel) if seen else kernel
 
 
-def _on(tensor: Tensor, seen: bool) -> Any:
-    return torch.cuda.device_of(tensor) if tensor.is_cuda and not seen else contextlib.nullcontext()
+def _on(tensor: Tensor) -> Any:
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache
