@@ -109,7 +109,7 @@ class PointBenchmark:
         self.floor = floor_ms(shape, self.hit, point.tokens, point.backward, ceilings)
         self.exact = Exact.of(module, self.inputs[0])
         flushed_bytes = measure.FLUSHED_BYTES if measure.on_gpu(self.device) else 0
-        self.flushed = torch.empty(flushed_bytes, dtype=torch.int8, device=self.device)
+        self.flushed = torch.zeros(flushed_bytes, dtype=torch.int8, device=self.device)
         self.held: dict[str, Replay] = {}
         self.rows: list[Row] = []
 

@@ -152,7 +152,8 @@ class Replay:
     Args:
         call: the call, compiled already.
         inputs: what it takes, of one size; replays take turns with them.
-        flushed: ``FLUSHED_BYTES`` of memory on the device, which is written before each replay.
+        flushed: ``FLUSHED_BYTES`` of memory on the device, which is read before each replay. (Written, it would have to
+            leave the cache for memory while the replay is timed.)
     """
 
     def __init__(self, call: Callable[[Given], Any], inputs: Sequence[Given], flushed: Tensor) -> None:
@@ -171,7 +172,7 @@ class Replay:
 
     def _next_inputs(self) -> None:
         self.static.copy_(next(self.rotation))
-        self.flushed.zero_()
+        self.flushed.amax()
 
     def time(self) -> float:
         """Milliseconds of one replay."""
