@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import moe_rewrite
 
@@ -281,7 +283,7 @@ def assert_same(actual: dict[str, Tensor | None], expected: dict[str, Tensor | N
         torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def compiled(model: nn.Module, inner: str = "aot_eager", **kwargs: Any) -> Any:
+def compiled(model: nn.Module, inner: Any = "aot_eager", **kwargs: Any) -> Any:
     return torch.compile(model, backend="moe_rewrite", options={"inner": inner, "experts": "grouped_mm"}, **kwargs)
 
 
@@ -402,6 +404,21 @@ def test_parameters_are_the_same_objects() -> None:
     compiled(model)(inputs())
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sizes_of_tables_are_known(dynamic: bool) -> None:
+    """Also with dynamic shapes: the compilers are to know the sizes of weights."""
+    inputs_seen: list[Tensor] = []
+
+    def forward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        inputs_seen.extend(node.meta["val"] for node in gm.graph.find_nodes(op="placeholder"))
+        return make_boxed_func(gm.forward)
+
+    compiled(Block(range_over_mask), aot_autograd(fw_compiler=forward), fullgraph=True, dynamic=dynamic)(inputs())
+    tables = [value for value in inputs_seen if isinstance(value, Tensor) and value.dim() == 3]
+    assert len(tables) >= 3
+    assert all(isinstance(size, int) for table in tables for size in (*table.shape, *table.stride()))
 
 
 def test_without_packing() -> None:

@@ -37,7 +37,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._guards import ChainedSource, Guard
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
-    StatelessSymbolicContext,
+    StatefulSymbolicContext,
     free_unbacked_symbols,
     statically_known_true,
 )
@@ -277,8 +277,10 @@ def input_from(tx: Any, base: Any, function: Any, name: str, example: torch.Tens
         is_static: whether it is in the same memory at each call for the same object, as a parameter is.
     """
     source = TableSource(base, _global_name(tx.output, "moe_rewrite_tables", function), name)
-    sizes = StatelessSymbolicContext([DimDynamic.STATIC] * example.dim())
+    sizes = StatefulSymbolicContext([DimDynamic.STATIC] * example.dim(), tensor_source=source)
     fake = tx.fake_mode.from_tensor(example, source=source, symbolic_context=sizes)
+    # AOTAutograd makes a fake tensor of it anew, and would have symbols for its sizes.
+    tx.output.tracing_context.tensor_to_context[example] = sizes
     label = re.sub(r"[^a-zA-Z0-9]+", "_", f"moe_rewrite_table_{name}")
     proxy = tx.output.root_tracer.create_graph_input(label, type(example), fake, source=source)
     variable = wrap_fx_proxy(tx, proxy, example_value=fake, source=source)
