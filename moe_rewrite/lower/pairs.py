@@ -81,7 +81,8 @@ class Pairs:
         key = ids if plain else torch.where(valid, expert, loop.num_experts)
         if ids.shape[0] == 0 or not lends:
             return cls(expert, valid, position, None, key, None, expert_ids.shape)
-        lender = valid.to(torch.int8).argmax()  # the first pair that counts
+        # The first pair that counts. Of int8, inductor's code for a GPU casts the index to int8 too (seen in 2.11).
+        lender = valid.to(torch.int32).argmax()
         source = torch.where(valid, position, lender)
         return cls(expert[source], valid, source, None, key, None, expert_ids.shape, lender)
 
