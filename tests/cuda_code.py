@@ -14,6 +14,7 @@ what is fused and what is copied.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import os
 import re
@@ -53,15 +54,15 @@ int cudaEventDestroy(void *event) { return 0; }
 """
 
 
-def restart_with_stubs() -> None:
-    """Run this program again with the stubs in the place of CUDA's libraries."""
+def stubbed() -> dict[str, str]:
+    """The environment with the stubs in the place of CUDA's libraries."""
     folder = Path(tempfile.mkdtemp(prefix="cuda_stubs"))
     for name, code in (("libcuda.so.1", _DRIVER), ("libruntime.so", _RUNTIME)):
         (folder / f"{name}.c").write_text(code)
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / name, folder / f"{name}.c"], check=True)
     paths = {"LD_LIBRARY_PATH": str(folder), "LD_PRELOAD": str(folder / "libruntime.so"), "_CUDA_STUBS": "1"}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**environment, **paths})
+    return {**environment, **paths}
 
 
 class H200(types.SimpleNamespace):
@@ -135,21 +136,41 @@ def pretend() -> None:
     config.compile_threads, config.fx_graph_cache = 1, False
 
 
-def keep_code(files: list[str]) -> None:
-    """Have inductor's graphs put their code into ``files``, and give fake tensors when they are called."""
+@dataclasses.dataclass
+class Graph:
+    """What inductor made of one graph.
+
+    Attributes:
+        code: the generated file.
+        inputs: the names of the arguments of its ``call``.
+        given: where the memory is of what that was called with.
+    """
+
+    code: str
+    inputs: list[str]
+    given: list[int] = dataclasses.field(default_factory=list)
+
+
+def keep_code(graphs: list[Graph]) -> None:
+    """Have inductor put what it makes of graphs into ``graphs``, and give fake tensors when they are called."""
     from torch._inductor.graph import GraphLowering
 
     def compile_to_module(self: Any) -> Any:
         code = self.codegen()[0]
-        files.append(getattr(code, "value", code))
         outputs = self.module.graph.output_node().args[0]
+        graph = Graph(getattr(code, "value", code), list(self.graph_input_names))
+        graphs.append(graph)
 
         def like(node: Any) -> Any:
             value = node.meta.get("val") if isinstance(node, torch.fx.Node) else node
             return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
 
+        def call(args: list[Any]) -> list[Any]:
+            graph.given = [arg.untyped_storage()._cdata if isinstance(arg, torch.Tensor) else 0 for arg in args]
+            return list(map(like, outputs))
+
         module = types.ModuleType("generated")
-        module.call = lambda args: list(map(like, outputs))
+        module.call = call
         module.__file__ = __file__
         return module
 
@@ -163,32 +184,46 @@ def calls_of(code: str) -> str:
     return "\n".join(line[:200] for line in shown)
 
 
-def generate(given: argparse.Namespace) -> list[str]:
-    """The files that inductor generates for one block of experts."""
-    from torch._subclasses import FakeTensorMode
+def experts_of(given: argparse.Namespace) -> torch.nn.Module:
+    """A block of experts of transformers with its eager loop, in float32."""
+    sizes = {
+        "hidden_size": given.hidden,
+        "intermediate_size": given.intermediate,
+        "num_local_experts": given.num_experts,
+    }
+    if given.block == "gpt_oss":
+        from transformers import GptOssConfig
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+        return GptOssExperts(GptOssConfig(**sizes, experts_implementation="eager"))
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    files: list[str] = []
-    keep_code(files)
-    config = MixtralConfig(
-        hidden_size=given.hidden, intermediate_size=given.intermediate, num_local_experts=given.num_experts
-    )
-    config._experts_implementation = "eager"
+    return MixtralExperts(MixtralConfig(**sizes, experts_implementation="eager"))
+
+
+def generate(given: argparse.Namespace) -> tuple[list[Graph], dict[int, str]]:
+    """What inductor makes of one block of experts: forward, and backward if asked for; and the name of each input."""
+    from torch._subclasses import FakeTensorMode
+
+    graphs: list[Graph] = []
+    keep_code(graphs)
     dtype, shape = getattr(torch, given.dtype), (given.tokens, given.top_k)
     with torch.device("meta"):
-        experts = MixtralExperts(config).to(dtype)
+        experts = experts_of(given).to(dtype)
     options = {"experts": given.experts, "mode": given.mode}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(given.backward):
         experts = experts.to_empty(device="cuda")
         x = torch.empty(given.tokens, given.hidden, device="cuda", dtype=dtype, requires_grad=given.backward)
         ids = torch.empty(shape, device="cuda", dtype=torch.int64)
-        weights = torch.empty(shape, device="cuda", dtype=dtype)
+        weights = torch.empty(shape, device="cuda", dtype=dtype, requires_grad=given.backward)
         run = torch.compile(experts, backend="moe_rewrite", fullgraph=True, dynamic=given.dynamic, options=options)
         result = run(x, ids, weights)
         if given.backward:
             result.sum().backward()
-    return files
+        tensors = {"x": x, "ids": ids, "weights": weights, **dict(experts.named_parameters())}
+        names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
+    return graphs, names
 
 
 def describe_kernels(given: argparse.Namespace) -> None:
@@ -228,30 +263,35 @@ def describe_kernels(given: argparse.Namespace) -> None:
         launch.outer(x, rows, order, offsets, *sizes[1:], False, seen=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Say to ``parser`` what a block of experts and its compilation are described by."""
     parser.add_argument("experts", nargs="?", default="auto", help="the experts backend")
-    parser.add_argument("--kernels", action="store_true")
-    parser.add_argument("--whole", action="store_true", help="print the files, not the calls alone")
+    parser.add_argument("--block", default="mixtral", choices=["mixtral", "gpt_oss"])
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--mode", default="default")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=16)
-    sizes = {"num-experts": 60, "hidden": 2048, "intermediate": 1408, "top-k": 4}  # Qwen1.5-MoE
+    sizes = {"tokens": 16, "num-experts": 60, "hidden": 2048, "intermediate": 1408, "top-k": 4}  # Qwen1.5-MoE
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments(parser)
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="print the files, not the calls alone")
     given = parser.parse_args()
     if "_CUDA_STUBS" not in os.environ:
-        restart_with_stubs()
+        os.execve(sys.executable, [sys.executable, *sys.argv], stubbed())
     if torch.version.cuda is None:
         parser.error(f"torch {torch.__version__} is a build without CUDA")
     pretend()
     if given.kernels:
         describe_kernels(given)
         return
-    for code in generate(given):
-        print(code if given.whole else calls_of(code), end="\n\n")
+    for graph in generate(given)[0]:
+        print(graph.code if given.whole else calls_of(graph.code), end="\n\n")
 
 
 if __name__ == "__main__":
