@@ -597,6 +597,41 @@ def test_reason_for_experts_that_are_not_alike(log: Callable[[], str]) -> None:
     assert "left as it is: <root>: the experts are modules that are not alike" in log()
 
 
+def _counting(m: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out, mask, number = torch.zeros_like(x), mask_of(ids), 0
+    for i in range(m.num_experts):
+        slot, token = torch.where(mask[i])
+        number = number * 2 + i
+        out.index_add_(0, token, m.experts[i](x[token]) * weights[token, slot, None])
+    return out * number
+
+
+def _in_odd_order(m: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for i in (2, 0, 3, 1):
+        slot, token = torch.where(mask[i])
+        out.index_add_(0, token, m.experts[i](x[token]) * weights[token, slot, None])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("loop", "reason"),
+    [(_counting, "an iteration leaves something to the next"), (_in_odd_order, "it goes over something else")],
+)
+def test_reason_for_loops_that_are_not_rolled(loop: Loop, reason: str, log: Callable[[], str]) -> None:
+    """They select rows, so they are told from loops over layers."""
+    eager, model = Block(loop), Block(loop)
+    assert_same(run(compiled(model, fullgraph=True), model, inputs()), run(eager, eager, inputs()))
+    assert f"left as it is: <root>: {reason}" in log()
+    assert "/test_module_experts.py:" in log()
+
+
+def test_nothing_is_said_of_other_loops_over_unlike_modules(log: Callable[[], str]) -> None:
+    eager, model = (Block(every_expert_on_every_token, UNLIKE["sizes"]) for _ in range(2))
+    assert_same(run(compiled(model), model, inputs()), run(eager, eager, inputs()))
+    assert not log()
+
+
 def test_expert_that_counts_its_calls() -> None:
     eager, model = Block(range_over_mask, lambda i: Noting()), Block(range_over_mask, lambda i: Noting())
     assert_same(run(compiled(model), model, inputs()), run(eager, eager, inputs()))
@@ -627,6 +662,7 @@ def test_layers_one_after_the_other(log: Callable[[], str]) -> None:
     eager, model = Layers(), Layers()
     assert_same(run(compiled(model, fullgraph=True), model, inputs()), run(eager, eager, inputs()))
     assert "->" not in log()
+    assert "left as it is" not in log()
     assert "packed" not in log()
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()

@@ -46,6 +46,17 @@ def loop_body(tx: Any) -> list[Instruction]:
     return list(tx.instructions[position[id(head)] + 1 : end])
 
 
+def loop_lines(tx: Any) -> frozenset[str]:
+    """The lines of the body of the ``for`` whose head is being traced, ``file:line``. torch 2.11, 2.13."""
+    body = loop_body(tx)
+    positions = [getattr(instruction, "positions", None) for instruction in body]
+    lines = [position.lineno for position in positions if position is not None]
+    lines += [
+        instruction.starts_line for instruction in body
+    ]  # Python 3.10 knows the first instruction of a line alone
+    return frozenset(f"{tx.f_code.co_filename}:{line}" for line in lines if isinstance(line, int))
+
+
 def names_stored(body: list[Instruction]) -> dict[str, list[Instruction]]:
     """The local variables that a body stores, each with the instructions before its stores. torch 2.11, 2.13."""
     stored: dict[str, list[Instruction]] = {}

@@ -12,10 +12,14 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from torch import fx
+
 from moe_rewrite.capture import dynamo, dynamo_calls, dynamo_modules
 from moe_rewrite.capture.modules import ExpertModules, Places, TableInput, Tables
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
+from moe_rewrite.nodes import has_unknown_size
+from moe_rewrite.recognise.provenance import user_location
 from moe_rewrite.report import LoopReport
 
 _active = threading.local()
@@ -38,6 +42,7 @@ class FrameCapture:
         tables: the tables of parameters that the graph reads, by the ids of their tensors.
         containers: the tables of the experts in a container, by its source and their places in it.
         templates: how many templates of each pack were traced, by its id.
+        unsaid: why loops of known length are not rolled, each with the lines of its body: it need not be over experts.
     """
 
     tx: Any
@@ -52,6 +57,7 @@ class FrameCapture:
     tables: dict[int, TableInput] = dataclasses.field(default_factory=dict)
     containers: dict[tuple[Any, Places], Tables] = dataclasses.field(default_factory=dict)
     templates: dict[int, int] = dataclasses.field(default_factory=dict)
+    unsaid: list[tuple[Refusal, frozenset[str]]] = dataclasses.field(default_factory=list)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
         """Why the loop of the module at ``path`` was refused; None where it was not."""
@@ -77,6 +83,12 @@ class FrameCapture:
         refusals = [report.refusal for report in loud or quiet if report.refusal is not None]
         if refusals:
             self.restart_as_stock(refusals)
+
+    def tell_of_unrolled(self, graph: fx.Graph) -> None:
+        """Say why loops are unrolled that turn out to select rows: their body makes sizes that only run time knows."""
+        places = {user_location(node) for node in graph.nodes if has_unknown_size(node)}
+        told = {(refusal.path, refusal.location): refusal for refusal, lines in self.unsaid if lines & places}
+        self.session.refused([LoopReport.of_refusal(refusal) for refusal in told.values()])
 
     def is_only_unrolled(self, loop: RolledIterator | None) -> bool:
         """Whether a loop that is refused was one of known length that need not have been over experts at all."""
@@ -104,6 +116,8 @@ class FrameCapture:
             log.moe_rewrite_refusals = self.refusals
             loud = [r for r, loop in zip(refusals, loops, strict=True) if not self.is_only_unrolled(loop)]
             log.moe_rewrite_not_rolled = [*getattr(log, "moe_rewrite_not_rolled", []), *loud]
+            quiet = [(r, loop.lines) for r, loop in zip(refusals, loops, strict=True) if loop and r not in loud]
+            log.moe_rewrite_unsaid = [*getattr(log, "moe_rewrite_unsaid", []), *quiet]
         else:
             log.moe_rewrite_refusals = [*self.refusals, *refusals]
         raise dynamo.RestartFrame(restart_reason=f"moe_rewrite: {'; '.join(map(str, refusals))}")
@@ -181,6 +195,7 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
         widened = not stock and dynamo.allow_data_dependent_shapes(tx.output)
         outer = current()
         _active.capture = capture = FrameCapture(tx, session, refusals, unrolled, widened, plain_lists)
+        capture.unsaid += getattr(tx.speculation_log, "moe_rewrite_unsaid", [])
         try:
             with dynamo.same_scope_after():
                 return original(tx)

@@ -25,6 +25,7 @@ from moe_rewrite.capture.numbers import (
 )
 from moe_rewrite.capture.pieces import SplitTensor, put, take
 from moe_rewrite.capture.rolled import RolledIterator
+from moe_rewrite.loop import Refusal
 from moe_rewrite.nodes import example_value
 from moe_rewrite.recognise.hits import hit_mask
 from moe_rewrite.recognise.provenance import clean_path, module_path
@@ -480,10 +481,17 @@ def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None
         return None
     carries = static.carries(tx)
     found = None if carries is None else static.elements(tx, iterator)
-    if found is None or carries is None or len(found) < 2:
+    if found is None or carries is None:
+        what = "it goes over something else than numbers, alike modules, rows of a tensor, or tuples of these"
+        left = "an iteration leaves something to the next that is not a tensor that each adds to"
+        refusal = Refusal(path, location, left if carries is None else what)
+        capture.unsaid.append((refusal, dynamo_code.loop_lines(tx)))
+        return None
+    if len(found) < 2:
         return None
     values = static.index_values(found)
     hits = dynamo_modules.arange(tx, values.stop)
-    loop = RolledIterator(hits, values, capture, path, location, found.at_index, site, carries, static.lists(tx))
+    lists, lines = static.lists(tx), dynamo_code.loop_lines(tx)
+    loop = RolledIterator(hits, values, capture, path, location, found.at_index, site, carries, lists, lines)
     capture.rolled[path, location] = loop
     return loop

@@ -80,6 +80,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         site: which ``for`` statement it is, of a loop whose length Python knows; None for a loop over hits.
         carries: the local variables that one iteration leaves to the next.
         lists: the local variables with a list that the body appends to.
+        lines: the lines that the body stands in, ``file:line``, where ``site`` is known.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         site: Any = None,
         carries: tuple[str, ...] = (),
         lists: tuple[str, ...] = (),
+        lines: frozenset[str] = frozenset(),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -105,6 +107,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         self.site = site
         self.carries = carries
         self.lists = lists
+        self.lines = lines
         self.waiting: list[tuple[list[int], list[bool]]] = [(list(values), [])]
         self.paths_traced = 0
         self.path: Path | None = None
