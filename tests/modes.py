@@ -327,6 +327,7 @@ states, scores and every parameter are compared with the eager loop: fp32 within
 * A cell names the kinds of shapes that were run and held: *static* (96 tokens) and *dynamic* (96, 64, 128, 1 and 0
   tokens with at most three graphs). An empty cell was not run.
 * *autocast* is bf16 over parameters in fp32.
+* On a CPU `triton` is what `grouped_mm` makes of a loop: its kernels are interpreted in tests alone.
 * Sizes are multiples of 8 or not, expert ids come from a `topk` in the graph or are given with some that are of no
   expert: by turns.
 """
