@@ -16,7 +16,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from compare import run
 from loops import HIDDEN, NUM_EXPERTS, TOP_K, Loop, Moe, assert_same, inputs, observe
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import InternalTorchDynamoError, Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -826,3 +826,37 @@ def test_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="moe_rewrite"):
         torch.compile(module, backend="moe_rewrite", options={"inner": "eager"})(*inputs())
     assert "mixes the rows" in caplog.text or "mean" in caplog.text, caplog.text
+
+
+class Listing(nn.Module):
+    """Appends the rows of each expert to a list that others see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = Moe(split_and_cat)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, given: list[Tensor] | None = None) -> Tensor:
+        seen = self.seen if given is None else given
+        order, rows, _ = in_order(x, ids)
+        pieces = rows.split(F.one_hot(ids.flatten(), NUM_EXPERTS).sum(0).tolist(), dim=0)
+        for e in range(NUM_EXPERTS):
+            seen.append(self.moe.expert(pieces[e], e))
+        return combined(x, weights, order, torch.cat(seen, dim=0))
+
+
+@pytest.mark.parametrize("is_argument", [False, True])
+def test_list_that_was_there_before(is_argument: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Its items are seen outside: it has to hold them one by one."""
+    eager, module = Listing(), Listing()
+    caplog.set_level("INFO", logger="moe_rewrite")
+    fn = torch.compile(module, backend="moe_rewrite", options={"inner": "eager"})
+    lists: list[list[Tensor]] = [[], []]
+    results = [
+        call(*inputs(), *([given] if is_argument else [])) for call, given in zip((eager, fn), lists, strict=True)
+    ]
+    torch.testing.assert_close(results[1], results[0])
+    seen = lists if is_argument else [eager.seen, module.seen]
+    assert len(seen[0]) == NUM_EXPERTS
+    torch.testing.assert_close(seen[1], seen[0])
+    assert "each expert's rows are appended to a list that was there before" in caplog.text

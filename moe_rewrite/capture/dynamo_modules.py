@@ -26,7 +26,7 @@ from torch._dynamo.variables import (
     TupleVariable,
     UnspecializedNNModuleVariable,
 )
-from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
+from torch._dynamo.variables.base import ValueMutationExisting, ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import GraphArg, wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable, ZipVariable
@@ -151,6 +151,11 @@ def python_number(variable: Any) -> int | None:
 def is_list(variable: Any) -> bool:
     """Whether a variable is a list that the traced code may change. torch 2.11, 2.13."""
     return isinstance(variable, ListVariable) and variable.is_mutable()
+
+
+def is_older_list(variable: Any) -> bool:
+    """Whether a list was there before the traced code ran: its caller sees what becomes of it. torch 2.11, 2.13."""
+    return isinstance(variable.mutation_type, ValueMutationExisting)
 
 
 def module_value(variable: Any) -> nn.Module | None:

@@ -53,6 +53,8 @@ class CollectingList(dynamo.VariableTracker):  # type: ignore[misc]
         if any(dynamo_modules.any_share_memory([self.appended[0], piece.rows]) for piece in path.pieces):
             self.loop.refuse("a piece of a tensor is put into a list as it is")
         if self.is_of_rows:
+            if dynamo_modules.is_older_list(self.original):  # it would have to hold each expert's rows for itself
+                self.loop.refuse("each expert's rows are appended to a list that was there before", tx)
             return dynamo.call_in_graph(tx, markers.collect_rows, [index, self.appended[0], self._total(tx, path)])
         return dynamo.call_in_graph(tx, markers.collect, [index, self.appended[0], len(self.loop.values)])
 

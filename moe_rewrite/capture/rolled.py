@@ -327,7 +327,8 @@ def _list_at(tx: Any, name: str, variables: dict[str, Any] | None = None) -> Any
     """The list that is called ``name``, or that the comprehension makes."""
     if name == COMPREHENSION:
         return dynamo_code.below_iterator(tx)
-    return (dynamo.local_variables(tx) if variables is None else variables).get(name)
+    found = (dynamo.local_variables(tx) if variables is None else variables).get(name)
+    return None if found is None else dynamo_modules.realized(found)  # an argument becomes a list when it is read
 
 
 def _put_list(tx: Any, name: str, variable: Any) -> None:
