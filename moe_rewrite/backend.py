@@ -15,7 +15,7 @@ from torch import fx, nn
 from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.inner import compile_inner
 from moe_rewrite.loop import Refusal
-from moe_rewrite.lower import EAGER
+from moe_rewrite.lower import EAGER, InnerCompiler
 from moe_rewrite.nodes import erase_unused, has_unknown_size
 from moe_rewrite.report import LoopReport, log_reports
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
@@ -68,7 +68,7 @@ def moe_rewrite(
         capture.give_up(refused)
     try:
         fuses = parsed.inner == "inductor" or session.explains
-        reports = carry_out(plans, fuses, parsed.max_autotune)
+        reports = carry_out(plans, InnerCompiler(fuses, parsed.max_autotune))
     except LoopRefused as error:
         if capture is not None:
             session.refused(error.reports)

@@ -13,7 +13,7 @@ from moe_rewrite import fingerprint, lower, splice
 from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError, NotLiftedError
 from moe_rewrite.loop import ExpertsLoop, Refusal
-from moe_rewrite.lower import ExpertsBackend, Lifted
+from moe_rewrite.lower import ExpertsBackend, InnerCompiler, Lifted
 from moe_rewrite.nodes import has_unknown_size, standalone_code
 from moe_rewrite.recognise import Finding, find_loops
 from moe_rewrite.recognise.pieces import spell_out_pieces
@@ -57,7 +57,7 @@ def rewrite(
     plans = make_plans(gm, ExpertsMapping.parse(mapping if mapping is not None else {}), base_path)
     if any(plan.report is not None and plan.report.refusal is not None for plan in plans):
         raise LoopRefused([plan.report for plan in plans if plan.report is not None])
-    reports = carry_out(plans, fuses)
+    reports = carry_out(plans, InnerCompiler(fuses))
     log_reports(reports)
     return reports
 
@@ -108,13 +108,12 @@ def _may_require_grad(node: fx.Node) -> bool:
     return any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(example))
 
 
-def carry_out(plans: list[Plan], fuses: bool, max_autotune: bool = False) -> list[LoopReport]:
+def carry_out(plans: list[Plan], compiler: InnerCompiler) -> list[LoopReport]:
     """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop.
 
     Args:
         plans: what is to become of each loop.
-        fuses: see :func:`rewrite`.
-        max_autotune: whether the user asked for a search for the fastest kernels.
+        compiler: what is known of the compiler that the graph goes to.
 
     Raises:
         LoopRefused: a loop cannot be lowered after all. What was done so far is not undone.
@@ -129,7 +128,7 @@ def carry_out(plans: list[Plan], fuses: bool, max_autotune: bool = False) -> lis
             continue
         outputs: list[fx.Node] = []
         if report is not None and plan.backend is not None:
-            report, outputs = _replace(plan, report, plan.backend, (fuses, max_autotune), replaced, known)
+            report, outputs = _replace(plan, report, plan.backend, compiler, replaced, known)
             reports.append(report)
         for marker, source in zip(plan.finding.region.results, plan.finding.results, strict=True):
             node = outputs[source] if isinstance(source, int) else source
@@ -163,7 +162,7 @@ def _replace(
     plan: Plan,
     report: LoopReport,
     backend: ExpertsBackend,
-    wishes: tuple[bool, bool],
+    compiler: InnerCompiler,
     replaced: dict[fx.Node, fx.Node],
     known: dict[Hashable, fx.GraphModule],
 ) -> tuple[LoopReport, list[fx.Node]]:
@@ -173,7 +172,7 @@ def _replace(
         plan: its plan.
         report: what is reported of it.
         backend: what it is lowered to.
-        wishes: ``fuses`` and ``max_autotune``, see :func:`carry_out`.
+        compiler: what is known of the compiler that the graph goes to.
         replaced: what stands in the place of results of loops before it.
         known: the replacements of loops before it, by what they were made of.
     """
@@ -181,8 +180,7 @@ def _replace(
     loop = dataclasses.replace(report.loop, inputs=tuple(replaced.get(node, node) for node in report.loop.inputs))
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        fuses, max_autotune = wishes
-        lifted = Lifted(loop, inputs, fuses, plan.needs_grad, max_autotune)
+        lifted = Lifted(loop, inputs, compiler, plan.needs_grad)
         backend.build(loop, lifted)
         return lifted.outputs
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from moe_rewrite.errors import OptionsError
 from moe_rewrite.loop import EveryToken, ExpertsLoop
 from moe_rewrite.lower import auto, batched_mm, grouped_mm, triton
-from moe_rewrite.lower.lift import Lifted
+from moe_rewrite.lower.lift import InnerCompiler, Lifted
 from moe_rewrite.lower.pairs import Pairs
 
 __all__ = [
     "AUTO",
     "EAGER",
     "ExpertsBackend",
+    "InnerCompiler",
     "Lifted",
     "Pairs",
     "check_name",

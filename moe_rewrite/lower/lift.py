@@ -7,6 +7,7 @@ backend's own.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,6 +33,20 @@ ProductWithBias = Callable[[Tensor, Tensor, Tensor], Tensor]
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, torch.ops.aten.embedding.default)
 
 
+@dataclasses.dataclass(frozen=True)
+class InnerCompiler:
+    """What an experts backend may know of the compiler that the rewritten graph goes to.
+
+    Attributes:
+        fuses: whether it fuses elementwise operators into reductions, as inductor does. Without it a large intermediate
+            value is a large piece of memory.
+        max_autotune: whether the user asked it to search for the fastest kernels.
+    """
+
+    fuses: bool = True
+    max_autotune: bool = False
+
+
 class Lifted:
     """The values of a loop's row program, over all pairs.
 
@@ -41,23 +56,20 @@ class Lifted:
     Args:
         loop: the loop.
         inputs: the values of its inputs.
-        fuses: whether the inner compiler fuses elementwise operators into reductions, as inductor does. Without it a
-            large intermediate value is a large piece of memory.
+        compiler: what is known of the compiler that the graph goes to.
         needs_grad: whether there may be a gradient to compute.
-        max_autotune: whether the user asked for a search for the fastest kernels.
     """
 
     def __init__(
         self,
         loop: ExpertsLoop,
         inputs: Sequence[Any],
-        fuses: bool,
+        compiler: InnerCompiler,
         needs_grad: bool = True,
-        max_autotune: bool = False,
     ) -> None:
         self.loop = loop
-        self.fuses = fuses
-        self.max_autotune = max_autotune
+        self.fuses = compiler.fuses
+        self.max_autotune = compiler.max_autotune
         self.needs_grad = needs_grad
         # What is computed for pairs of no expert is dropped. It matters what it is where a gradient goes through it, or
         # where it is an index.
