@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, TopKDispatch, Value
-from moe_rewrite.lower import auto, triton
+from moe_rewrite.lower import auto, launch, triton
 from moe_rewrite.lower import grouped_product as grouped
 from moe_rewrite.lower.batched_product import gather_and_multiply, multiply_and_sum
 from moe_rewrite.lower.grouped_product import grouped_product
@@ -466,6 +466,15 @@ def test_auto(monkeypatch, loop, needs_grad, chosen):
     monkeypatch.setattr(triton, "available", lambda device: device.type == "cuda")
     name, why = auto.pick(loop, needs_grad)
     assert (name, why.split(":")[0]) == (chosen, "auto")
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_which_gpus_have_the_kernels(monkeypatch, capability, runs):
+    monkeypatch.setattr(launch, "triton", object())
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.available(GPU) is runs
+    assert not launch.available(CPU)
 
 
 def test_auto_without_kernels(monkeypatch):

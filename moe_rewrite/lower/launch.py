@@ -24,10 +24,10 @@ FEW = 2048
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on ``device``: a GPU of NVIDIA's; any device where Triton interprets them."""
+    """Whether the kernels run on ``device``: NVIDIA's GPUs from SM80 on; any device where Triton interprets them."""
     if triton is None:
         return False
-    return interpreted() or (device.type == "cuda" and torch.version.hip is None)
+    return interpreted() or (device.type == "cuda" and torch.version.hip is None and _capability(device) >= 8)
 
 
 def interpreted() -> bool:
@@ -201,10 +201,14 @@ def _on(tensor: Tensor) -> Any:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@functools.cache
 def _multiplies_wide(device: torch.device) -> bool:
     """Whether a device multiplies tiles that are not in registers: SM90 and SM100. The others need narrower ones."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type != "cuda" or _capability(device) in (9, 10)
+
+
+def _capability(device: torch.device) -> int:
+    """The first number of a GPU's compute capability."""
+    return int(torch.cuda.get_device_capability(device)[0])
 
 
 def _precision() -> str:
