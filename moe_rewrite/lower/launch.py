@@ -102,8 +102,9 @@ def multiply(
     strides = [*rows.stride()]
     for tensors, rank in ((weights, 3), (vectors, 2)):
         strides += [stride for tensor in tensors for stride in tensor.stride()] + [0] * rank * (2 - len(tensors))
+    args: tuple[Any, ...]
     products = 2 if interleaved else len(weights)
-    constants = {
+    constants: dict[str, Any] = {
         "DIVIDES_K": divisor(inner),
         "DIVIDES_N": divisor(columns),
         "PRODUCTS": products,
@@ -115,10 +116,12 @@ def multiply(
     with _on(rows):
         if experts is not None:
             tiles = of_single_rows(inner, columns, weights[0].stride(1) == 1)
-            run = _launcher(kernels.multiply_each, tiles, max_autotune, seen)
-            run(lambda meta: (triton.cdiv(columns, meta["BLOCK_N"]), pairs))(
-                rows, told, *both, *added, result, *sizes, *strides, **constants
-            )
+            args = rows, told, *both, *added, result, *sizes, *strides
+
+            def grid_of_each(meta: Any) -> tuple[int, int]:
+                return triton.cdiv(columns, meta["BLOCK_N"]), pairs
+
+            _launch(kernels.multiply_each, tiles, grid_of_each, args, constants, max_autotune, seen)
             return result
         tiles = of_products(pairs, groups, inner, columns, products, rows.dtype, _multiplies_wide(rows.device))
 
@@ -127,17 +130,10 @@ def multiply(
             tiles_m = min(pairs, triton.cdiv(pairs, meta["BLOCK_M"]) + groups + 1)
             return (tiles_m * triton.cdiv(columns, meta["BLOCK_N"]),)
 
-        run = _launcher(kernels.multiply, tiles, max_autotune, seen)
-        run(grid)(
-            *(rows, told if order is None else order.contiguous(), told, *both, *added, result, pairs, *sizes),
-            *strides,
-            TILES_TOGETHER=8,
-            GROUPS=power(groups + 1),
-            HAS_ORDER=order is not None,
-            PRECISION=_precision(),
-            WIDEN=interpreted() and rows.dtype is torch.bfloat16,
-            **constants,
-        )
+        constants |= {"TILES_TOGETHER": 8, "GROUPS": power(groups + 1), **_how_to_multiply(rows, order)}
+        by = told if order is None else order.contiguous()
+        args = rows, by, told, *both, *added, result, pairs, *sizes, *strides
+        _launch(kernels.multiply, tiles, grid, args, constants, max_autotune, seen)
     return result
 
 
@@ -164,27 +160,29 @@ def outer(
 
     offsets = offsets.contiguous()
     with _on(rows):
-        run = _launcher(kernels.outer, tiles, max_autotune, seen)
-        run(grid)(
-            *(rows, grad, offsets if order is None else order.contiguous(), offsets, result),
-            *(inner, columns, own or max(1, grad.shape[0]), after, *rows.stride(), *grad.stride()),
-            HAS_ORDER=order is not None,
-            PRECISION=_precision(),
-            WIDEN=interpreted() and rows.dtype is torch.bfloat16,
-        )
+        by = offsets if order is None else order.contiguous()
+        sizes = inner, columns, own or max(1, grad.shape[0]), after
+        args = rows, grad, by, offsets, result, *sizes, *rows.stride(), *grad.stride()
+        _launch(kernels.outer, tiles, grid, args, _how_to_multiply(rows, order), max_autotune, seen)
     return result
 
 
-Grid = Callable[[Any], tuple[int, ...]]
-
-
-def _launcher(kernel: Any, tiles: list[Tile], max_autotune: bool, seen: bool) -> Callable[[Grid], Callable[..., None]]:
-    """``_launcher(...)(grid)(*args)``: what compilers see can be tuned by them, on the arguments of the first call."""
+def _launch(
+    kernel: Any,
+    tiles: list[Tile],
+    grid: Callable[[Any], tuple[int, ...]],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    max_autotune: bool,
+    seen: bool,
+) -> None:
+    """Launch with the first tile. What compilers see they can tune, on the arguments of the first call."""
+    if seen:
+        tuned = _autotuned(kernel, tuple(tiles if max_autotune else tiles[:1]))
+        torch.library.wrap_triton(tuned)[grid](*args, **constants)
+        return
     first = tiles[0].arguments()
-    if not seen:
-        return lambda grid: functools.partial(kernel[grid(first)], **first)
-    tuned = torch.library.wrap_triton(_autotuned(kernel, tuple(tiles if max_autotune else tiles[:1])))
-    return lambda grid: tuned[grid]  # type: ignore[no-any-return]
+    kernel[grid(first)](*args, **constants, **first)
 
 
 @functools.cache
@@ -209,6 +207,12 @@ def _multiplies_wide(device: torch.device) -> bool:
 def _capability(device: torch.device) -> int:
     """The first number of a GPU's compute capability."""
     return int(torch.cuda.get_device_capability(device)[0])
+
+
+def _how_to_multiply(rows: Tensor, order: Tensor | None) -> dict[str, Any]:
+    """What the kernels that multiply tiles are told besides."""
+    widen = interpreted() and rows.dtype is torch.bfloat16
+    return {"HAS_ORDER": order is not None, "PRECISION": _precision(), "WIDEN": widen}
 
 
 def _precision() -> str:
