@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo
 from loops import Loop, Moe, assert_same, observe
-from torch import nn
+from torch import Tensor, nn
 
 import moe_rewrite
 from moe_rewrite.loop import ExpertsLoop
@@ -26,3 +27,18 @@ def run(loop: Loop, args: tuple[Any, ...], backend: str, backward: bool = True, 
     assert_same(observe(fn, module, args, backward), expected)
     with torch.set_grad_enabled(backward):
         return [report.loop for report in moe_rewrite.explain(fn, *args).loops if report.refusal is None]
+
+
+def losses_of_training(
+    module: nn.Module, call: Callable[..., Tensor], args: Callable[[], Tensor], steps: int
+) -> list[float]:
+    """The loss of each step, as ``call``, which is ``module`` or was compiled from it, is trained."""
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(steps):
+        loss = (call(args()) - 1).square().mean()
+        module.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
