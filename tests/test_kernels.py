@@ -402,7 +402,7 @@ def test_rows_outer_of_gathered_rows(poisoned, gather):
     [
         *((pairs, groups, torch.int64) for pairs in (0, 1, 16, 17, 129) for groups in (1, 14)),
         *((128, 60, dtype) for dtype in (torch.int64, torch.int32, torch.int16)),
-        *((300, 2, torch.int64), (1025, 60, torch.int64)),
+        *((300, 2, torch.int64), (1025, 60, torch.int64), (16500, 60, torch.int64)),
     ],
     ids=str,
 )
@@ -606,7 +606,7 @@ def _multiply(shape: Shape, tokens: int, dtype: str, wide: bool = True) -> list[
 
 
 def _each(shape: Shape, dtype: str) -> list[tuple[Any, ...]]:
-    found = tiles.of_single_rows(shape.inner, shape.columns, is_along_inner=True)
+    found = tiles.of_single_rows(shape.inner, shape.columns, shape.products, shape.contiguous == "k")
     return [("multiply_each", dtype, *_launch(shape, {}, tile), (ROWS[0], "", "experts")) for tile in found]
 
 
@@ -637,15 +637,14 @@ def _outer(shape: Shape, dtype: str, wide: bool = True) -> list[tuple[Any, ...]]
 
 
 def _sort(pairs: int, groups: int) -> list[tuple[Any, ...]]:
-    many, part = pairs > launches.FEW, tiles.block(pairs, 128)
-    sizes = (1024, part, 16) if many else (part, part, tiles.block(pairs, 1024))
-    constants = dict(zip(("BLOCK", "PART", "COUNTED"), sizes, strict=True))
-    constants |= {"GROUPS": tiles.power(groups + 2), "HAS_COUNTS": many}
+    many, bins = pairs > launches.FEW, tiles.power(groups + 2)
+    constants = {**tiles.of_sort(pairs, bins, many), "GROUPS": bins, "HAS_COUNTS": many}
     return [("sort", "bfloat16", constants, {}, ("", "counts order offsets", "experts"))]
 
 
-def _count(groups: int) -> list[tuple[Any, ...]]:
-    constants = {"BLOCK": 1024, "GROUPS": tiles.power(groups + 2)}
+def _count(pairs: int, groups: int) -> list[tuple[Any, ...]]:
+    bins = tiles.power(groups + 2)
+    constants = {"BLOCK": tiles.of_sort(pairs, bins, True)["BLOCK"], "GROUPS": bins}
     return [("count", "bfloat16", constants, {}, ("", "counts", "experts"))]
 
 
@@ -663,13 +662,16 @@ COMPILED = {
     "interleaved, narrow": (_multiply(GPT_OSS_UP, 4096, "bfloat16", wide=False), (80, 89)),
     "float32": (_multiply(QWEN_UP, 4096, "float32"), (80, 90)),
     "one by one": (_each(QWEN_UP, "bfloat16"), (80, 90)),
+    "one by one, one product": (_each(QWEN_DOWN, "bfloat16"), (80, 90)),
     "one by one, interleaved": (_each(GPT_OSS_UP, "bfloat16"), (90,)),
+    "one by one, along columns": (_each(GPT_OSS_ALONG_N, "bfloat16"), (90,)),
     "gradient of the weight": (_outer(QWEN_DOWN, "bfloat16"), (90, 100)),
     "gradient of the weight, narrow": (_outer(QWEN_DOWN, "bfloat16", wide=False), (80, 89)),
     "gradient of the weight in float32": (_outer(QWEN_DOWN, "float32"), (90,)),
     "sort": (_sort(4096 * 4, 60), (80, 90)),
     "sort of few": (_sort(8, 60), (90,)),
-    "count": (_count(60), (90,)),
+    "sort of many": (_sort(16384 * 8, 256), (90,)),
+    "count": (_count(4096 * 4, 60), (90,)),
 }
 TUNED = ("few tokens", "some tokens", "many tokens", "gradient of the weight")
 SPILLS = {"interleaved": 224, "interleaved along N": 32}

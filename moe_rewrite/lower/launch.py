@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.lower import kernels
-from moe_rewrite.lower.tiles import Tile, block, divisor, of_gradients, of_products, of_single_rows, power
+from moe_rewrite.lower.tiles import Tile, block, divisor, of_gradients, of_products, of_single_rows, of_sort, power
 
 try:
     import triton
@@ -49,24 +49,16 @@ def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor]:
         return order, experts.new_zeros(groups, dtype=torch.int32)
     offsets = experts.new_empty(groups, dtype=torch.int32)
     experts = experts.contiguous()
-    bins, counts, counted = power(groups + 2), offsets, block(pairs, 1024)
-    size = part = block(pairs, 128)
-    has_counts = pairs > FEW
+    bins, counts, has_counts = power(groups + 2), offsets, pairs > FEW
+    blocked = of_sort(pairs, bins, has_counts)
+    size = blocked["BLOCK"]
+    blocks = triton.cdiv(pairs, size)
     with _on(experts):
         if has_counts:
-            size, counted = 1024, 16
-            blocks = triton.cdiv(pairs, size)
             counts = experts.new_empty(blocks, bins, dtype=torch.int32)
             _kernel(kernels.count, seen)[(blocks,)](experts, counts, pairs, groups, BLOCK=size, GROUPS=bins)
-        blocks = triton.cdiv(pairs, size)
-        _kernel(kernels.sort, seen)[(blocks,)](
-            *(experts, counts, order, offsets, pairs, groups, blocks),
-            BLOCK=size,
-            PART=part,
-            COUNTED=counted,
-            GROUPS=bins,
-            HAS_COUNTS=has_counts,
-        )
+        args = experts, counts, order, offsets, pairs, groups, blocks
+        _kernel(kernels.sort, seen)[(blocks,)](*args, **blocked, GROUPS=bins, HAS_COUNTS=has_counts)
     return order, offsets
 
 
@@ -115,7 +107,7 @@ def multiply(
     sizes = groups, inner, columns, own or pairs, after
     with _on(rows):
         if experts is not None:
-            tiles = of_single_rows(inner, columns, weights[0].stride(1) == 1)
+            tiles = of_single_rows(inner, columns, products, weights[0].stride(1) == 1)
             args = rows, told, *both, *added, result, *sizes, *strides
 
             def grid_of_each(meta: Any) -> tuple[int, int]:

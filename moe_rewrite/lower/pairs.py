@@ -195,8 +195,10 @@ def sort_by_expert(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     """
     pairs = key.shape[0]
     place = torch.arange(pairs, device=key.device)
+    if isinstance(pairs, int) and pairs == 0:  # of a search in nothing inductor makes code that Triton cannot compile
+        return place, place, key.new_zeros(num_experts, dtype=torch.int32)
     bins = torch.arange(num_experts + 1, device=key.device)
-    on_gpu = key.device.type == "cuda" and isinstance(pairs, int) and pairs > 0
+    on_gpu = key.device.type == "cuda" and isinstance(pairs, int)
     if on_gpu and pairs <= MAX_COMPARED:
         # Three small kernels: at few tokens the number of kernels is what counts.
         other = key.unsqueeze(0)

@@ -73,12 +73,17 @@ def of_products(
     return list(dict.fromkeys(found))
 
 
-def of_single_rows(inner: int, columns: int, is_along_inner: bool) -> list[Tile]:
+def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool) -> list[Tile]:
     """For ``kernels.multiply_each``: each thread reads 16 bytes at a time along the dimension that is contiguous.
 
     ``is_along_inner`` says whether that is the dimension that is summed.
     """
-    sizes = [(8, 512, 4), (4, 512, 4), (4, 1024, 4), (8, 1024, 8), (16, 256, 4)] if is_along_inner else [(64, 64, 4)]
+    if not is_along_inner:
+        sizes = [(64, 64, 4)]
+    elif products == 2:
+        sizes = [(2, 1024, 4), (8, 256, 1), (4, 1024, 2), (4, 512, 1)]
+    else:
+        sizes = [(4, 512, 1), (4, 1024, 2), (4, 512, 2), (16, 256, 2)]
     found = [
         Tile.of(warps, 3, BLOCK_N=min(most_n, power(columns)), BLOCK_K=min(most_k, power(inner)))
         for most_n, most_k, warps in sizes
@@ -99,6 +104,18 @@ def of_gradients(inner: int, columns: int, dtype: torch.dtype, wide: bool) -> li
         for rows, most_k, most_n, warps in sizes
     ]
     return list(dict.fromkeys(found))
+
+
+def of_sort(pairs: int, bins: int, has_counts: bool) -> dict[str, int]:
+    """Block sizes of ``kernels.sort``.
+
+    With counts there is about a program for each multiprocessor, and not more: each of them goes through the counts of
+    all, then through its own pairs, a part at a time.
+    """
+    part = block(pairs, 128)
+    if not has_counts:
+        return {"BLOCK": part, "PART": part, "COUNTED": block(pairs, 1024)}
+    return {"BLOCK": max(part, power(-(-pairs // 128))), "PART": part, "COUNTED": max(16, 8192 // bins)}
 
 
 def power(size: int) -> int:
