@@ -20,7 +20,7 @@ from moe_rewrite.lower import auto, launch, triton
 from moe_rewrite.lower import grouped_product as grouped
 from moe_rewrite.lower.batched_product import gather_and_multiply, multiply_and_sum
 from moe_rewrite.lower.grouped_product import grouped_product
-from moe_rewrite.lower.pairs import Pairs
+from moe_rewrite.lower.pairs import Pairs, sort_by_expert
 
 NUM_EXPERTS = 5
 
@@ -119,6 +119,14 @@ def test_sorted_by_expert(case):
         assert pairs.expert[start:end].tolist() == [expert] * len(own)
     assert ends[-1] == sum(counts)
     assert valid_of(pairs).tolist() == [place < sum(counts) for place in range(len(ids))]
+
+
+def test_no_pairs_are_sorted_without_a_search():
+    """inductor 2.11 makes code of a search in nothing that Triton cannot compile for a GPU."""
+    graph = make_fx(lambda key: sort_by_expert(key, NUM_EXPERTS))(torch.empty(0, dtype=torch.int64)).graph
+    found = {node.target for node in graph.nodes if node.op == "call_function"}
+    assert not found & {torch.ops.aten.searchsorted.Tensor, torch.ops.aten.sort.stable}
+    assert len(found) > 1
 
 
 @every_case
@@ -437,11 +445,18 @@ class Sized:
     device: torch.device
     dispatch: Any = None
     dtype: torch.dtype = torch.bfloat16
+    intermediate: int = 2880
+    num_experts: int = 8
 
     def matmuls(self) -> list[Any]:
-        example = torch.empty(2, 2, dtype=self.dtype, device="meta")
-        operand = types.SimpleNamespace(example=example)
-        return [types.SimpleNamespace(args=(operand, operand))]
+        hidden = 2880
+
+        def product(inner: int, columns: int) -> Any:
+            shapes = (4, inner), (inner, columns)
+            examples = [torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes]
+            return types.SimpleNamespace(args=[types.SimpleNamespace(example=example) for example in examples])
+
+        return [product(hidden, 2 * self.intermediate), product(self.intermediate, hidden)]
 
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -450,10 +465,15 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.mark.parametrize(
     ("loop", "needs_grad", "chosen"),
     [
-        (Sized(8, GPU), False, "batched_mm"),
-        (Sized(9, GPU), False, "triton"),
+        (Sized(1, GPU), False, "triton"),
+        (Sized(8, GPU), True, "batched_mm"),
         (Sized(9, GPU), True, "grouped_mm"),
+        (Sized(8, GPU, dtype=torch.float64), False, "batched_mm"),
         (Sized(2**20, GPU), False, "triton"),
+        (Sized(4096, GPU, intermediate=14336), False, "grouped_mm"),
+        (Sized(4095, GPU, intermediate=14336), False, "triton"),
+        (Sized(4096, GPU, intermediate=14336, num_experts=9), False, "triton"),
+        (Sized(4096, GPU, dtype=torch.float16, intermediate=14336), False, "triton"),
         (Sized(2**20, GPU, dtype=torch.float64), False, "grouped_mm"),
         (Sized(None, GPU), False, "grouped_mm"),
         (Sized(16, CPU), False, "batched_mm"),
@@ -479,4 +499,5 @@ def test_which_gpus_have_the_kernels(monkeypatch, capability, runs):
 
 def test_auto_without_kernels(monkeypatch):
     monkeypatch.setattr(triton, "available", lambda device: False)
+    assert auto.pick(Sized(8, GPU), False)[0] == "batched_mm"
     assert auto.pick(Sized(9, GPU), False)[0] == "grouped_mm"

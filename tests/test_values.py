@@ -23,7 +23,7 @@ from loops import (
     states,
     weigh_up,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_rewrite.lower import grouped_product
 
@@ -110,10 +110,41 @@ def test_dropped_pairs_in_poisoned_memory(poisoned, experts, inner, ids):
 
 
 @pytest.mark.parametrize("ids", ["topk", "given"])
-def test_kernel_in_poisoned_memory(poisoned, monkeypatch, ids):
+@pytest.mark.parametrize("compiler", ["aot_eager default", "inductor default"])
+def test_kernel_in_poisoned_memory(poisoned, monkeypatch, compiler, ids):
     """torch's own kernel leaves rows of no group as they are: on the CPU as on a GPU that has one."""
     monkeypatch.setattr(grouped_product, "_device_has_kernel", lambda device: True)
-    modes.check(modes.Case("grouped_mm", "aot_eager default", "bf16", "dynamic", "aligned", ids), "cpu")
+    modes.check(modes.Case("grouped_mm", compiler, "bf16", "dynamic", "aligned", ids), "cpu")
+
+
+class Masked(nn.Module):
+    """Each expert takes the tokens that a mask of its own gives it, in a dtype and sizes that torch's kernel takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 16, 16, generator=generator).bfloat16())
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(3):
+            token = mask[expert].nonzero()[:, 0]
+            out.index_add_(0, token, x[token] @ self.weight[expert])
+        return out
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_kernel_and_rows_of_a_mask(monkeypatch, inner):
+    """How many rows there are is known only at run time: some, or none at all."""
+    monkeypatch.setattr(grouped_product, "_device_has_kernel", lambda device: True)
+    module = Masked()
+    run = compiled(module, "grouped_mm", inner)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for mask in (torch.arange(18).reshape(3, 6) % 4 < 2, torch.zeros(3, 6, dtype=torch.bool)):
+        # Up to three sums of 16 terms of order 1, each rounded to 2**-9.
+        actual, expected = (both_ways(one, module, (x, mask)) for one in (run, module))
+        torch.testing.assert_close(actual.result, expected.result, rtol=2**-5, atol=2**-5)
+        torch.testing.assert_close(actual.gradients, expected.gradients, rtol=2**-5, atol=2**-5)
 
 
 # --- values that are not finite ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_rewrite.lower.launch import available
 from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, rows_mm, rows_outer
@@ -64,8 +65,11 @@ def grouped_sum(rows: Tensor, offsets: Tensor) -> Tensor:
 def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
     """Whether ``torch.nn.functional.grouped_mm`` takes these operands under compile: bf16 with rows 16 bytes aligned.
 
-    Here and in the backward, where the weight is transposed and the result's rows are what is multiplied.
+    Here and in the backward, where the weight is transposed and the result's rows are what is multiplied. Where it
+    is known that there are no rows, inductor (2.11 and 2.13) gives the backward's operands strides that it refuses.
     """
+    if statically_known_true(rows.shape[0] == 0):
+        return False
     if rows.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16 or not _device_has_kernel(rows.device):
         return False
     _, inner, columns = weight.shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.lower import kernels
-from moe_rewrite.lower.tiles import Tile, block, divisor, of_gradients, of_products, of_single_rows, of_sort, power
+from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_products, of_single_rows, of_sort, power
 
 try:
     import triton

@@ -55,13 +55,11 @@ def of_products(
         sizes = [(16, 128, 128, 4, 4), (16, 64, 256, 4, 3), (16, 64, 128, 4, 4), (32, 128, 64, 4, 4)]
     elif rows <= 16:
         sizes = [(16, 128, 64, 4, 4), (16, 64, 128, 4, 3), (32, 128, 64, 4, 3)]
-    elif rows <= 64:
+    elif rows <= 48:
         sizes = [(64, 128, 64, 4, 4 if wide else 3), (32, 128, 64, 4, 4 if wide else 3)]
         sizes += [(64, 256, 64, 8, 4), (64, 256, 64, 4, 4), (128, 256, 64, 8, 3)] if wide else [(128, 128, 64, 8, 3)]
     elif wide:
-        deep, flat = (128, 256, 64, 8, 4), (128, 256, 64, 8, 3)
-        sizes = [deep, flat] if inner <= 2048 else [flat, deep]
-        sizes += [(64, 256, 64, 4, 4), (128, 128, 64, 8, 3)]
+        sizes = [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 4, 4), (128, 128, 64, 8, 3)]
     else:
         sizes = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)]
     found = []
@@ -79,7 +77,7 @@ def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool
     ``is_along_inner`` says whether that is the dimension that is summed.
     """
     if not is_along_inner:
-        sizes = [(64, 64, 4)]
+        sizes = [(32, 128, 4)] if products == 2 else [(64, 256, 8)]
     elif products == 2:
         sizes = [(2, 1024, 4), (8, 256, 1), (4, 1024, 2), (4, 512, 1)]
     else:
@@ -94,14 +92,14 @@ def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool
 def of_gradients(inner: int, columns: int, dtype: torch.dtype, wide: bool) -> list[Tile]:
     """For ``kernels.outer``, which adds up ``BLOCK_M`` rows at a time."""
     if dtype.itemsize == 4:
-        sizes = [(32, 64, 64, 4)]
+        sizes = [(32, 64, 64, 4, 3)]
     elif wide:
-        sizes = [(64, 128, 256, 8), (32, 128, 256, 8), (32, 64, 128, 4), (64, 128, 128, 8)]
+        sizes = [(64, 128, 128, 4, 3), (32, 128, 128, 4, 4), (64, 64, 256, 4, 3), (64, 128, 256, 8, 3)]
     else:
-        sizes = [(32, 128, 64, 4), (32, 128, 128, 8)]
+        sizes = [(32, 128, 64, 4, 3), (32, 128, 128, 8, 3)]
     found = [
-        Tile.of(warps, 3, BLOCK_M=rows, BLOCK_N=block(columns, most_n), BLOCK_K=block(inner, most_k))
-        for rows, most_k, most_n, warps in sizes
+        Tile.of(warps, stages, BLOCK_M=rows, BLOCK_N=block(columns, most_n), BLOCK_K=block(inner, most_k))
+        for rows, most_k, most_n, warps, stages in sizes
     ]
     return list(dict.fromkeys(found))
 
