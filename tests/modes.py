@@ -296,7 +296,8 @@ def table(records: list[dict[str, Any]]) -> str:
                 lines.append(f"| {experts} | {compiler} | {' | '.join(cells)} |")
         lines.append("")
         for one in failed:
-            lines.append(f"* {' '.join(one[field.name] for field in dataclasses.fields(Case))}: {one['result']}")
+            note = f"; {one['note']}" if "note" in one else ""
+            lines.append(f"* {' '.join(one[field.name] for field in dataclasses.fields(Case))}: {one['result']}{note}")
         lines += [""] if failed else []
         ratios = [record["error ratio"] for record in here if record.get("error ratio")]
         if ratios:
