@@ -25,6 +25,7 @@ from rolled import Compiled, Python, Rolled, compiled
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from moe_rewrite.lower import grouped_product
 from moe_rewrite.lower import triton as experts_backend
 
 triton = pytest.importorskip("triton", reason="torch for the CPU comes without triton")
@@ -257,14 +258,16 @@ def test_few_pairs_of_many_experts(recorded, monkeypatch):
 
 @needs_interpreter
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
-def test_searches_where_it_is_asked_for(monkeypatch, mode):
+@pytest.mark.parametrize(("experts", "module_of_it"), [("triton", experts_backend), ("grouped_mm", grouped_product)])
+def test_searches_where_it_is_asked_for(monkeypatch, experts, module_of_it, mode):
     told = []
-    multiply = experts_backend.rows_mm
+    multiply = module_of_it.rows_mm
     monkeypatch.setattr(
-        experts_backend, "rows_mm", lambda *args, **how: told.append(how["max_autotune"]) or multiply(*args, **how)
+        module_of_it, "rows_mm", lambda *args, **how: told.append(how["max_autotune"]) or multiply(*args, **how)
     )
+    monkeypatch.setattr(grouped_product, "_has_kernel_of_ours", lambda rows: True)
     module = Block(_one_each)
-    options = {"experts": "triton", "mode": mode}
+    options = {"experts": experts, "mode": mode}
     with torch.no_grad():
         torch.compile(module, backend="moe_rewrite", fullgraph=True, options=options)(*inputs())
     assert told and set(told) == {mode != "default"}

@@ -19,7 +19,9 @@ _LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor? 
 _LIBRARY.define("grouped_outer(Tensor rows, Tensor grad, Tensor offsets) -> Tensor", tags=_READS_ON_HOST)
 
 
-def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_product(
+    rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None, max_autotune: bool = False
+) -> Tensor:
     """Each row times the weight of its group, plus its bias.
 
     Args:
@@ -27,6 +29,7 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
         weight: ``[E, K, N]``, in the dtype of ``rows``.
         offsets: where each group ends, ``[E]`` int32.
         bias: what is added to each row of a group before it is rounded, ``[E, N]``, in the dtype of ``rows``.
+        max_autotune: see :func:`rows_mm.rows_mm`, for where its kernels are used.
 
     Returns:
         ``[P, N]``. Rows past the last offset hold anything.
@@ -37,7 +40,7 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
         return torch.ops.aten.slice.Tensor(result, 1, 0, sys.maxsize)
     if _has_kernel_of_ours(rows):
         vectors, epilogue = ([], "") if bias is None else ([bias], ADD_VECTOR)
-        return rows_mm(rows, [weight], vectors, offsets=offsets, epilogue=epilogue)
+        return rows_mm(rows, [weight], vectors, offsets=offsets, epilogue=epilogue, max_autotune=max_autotune)
     return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets, bias)
 
 
