@@ -20,8 +20,13 @@ from moe_rewrite.nodes import erase_unused, has_unknown_size
 from moe_rewrite.report import LoopReport, log_reports
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
 
-TESTED_TORCH = ("2.11", "2.13")
+TESTED_TORCH = ("2.11", "2.15")
 """The range of torch versions that the tests were run with."""
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
 
 try:
     from moe_rewrite.capture import dynamo_calls, frames, hooks
@@ -29,7 +34,7 @@ try:
 
     _unavailable = ""
 except (ImportError, AttributeError) as _error:  # torch moved its private parts
-    _unavailable = f"{type(_error).__name__}: {_error}"
+    _unavailable = _said(_error)
 
 
 def moe_rewrite(
@@ -347,12 +352,22 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-if not _unavailable:
-    frames.install(is_ours, start_session)
-    hooks.install()
-    dynamo_calls.on_convert_frame(_convert_frame)
-    dynamo_calls.on_compile(_check_options)
-else:
+def _hook_into_dynamo() -> str:
+    """Returns why that cannot be done; ``""`` where it is done."""
+    if _unavailable:
+        return _unavailable
+    try:
+        hooks.install()
+        dynamo_calls.on_convert_frame(_convert_frame)
+        dynamo_calls.on_compile(_check_options)
+        frames.install(is_ours, start_session)  # the last: without a frame of ours the hooks pass everything on
+    except AttributeError as error:
+        return _said(error)
+    return ""
+
+
+_unavailable = _hook_into_dynamo()
+if _unavailable:
     warnings.warn(
         f"moe_rewrite cannot hook into the Dynamo of torch {torch.__version__} ({_unavailable}): experts loops are "
         f"left as they are, and models compile as with the inner compiler alone.",

@@ -16,7 +16,7 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     """Compile ``gm`` with the inner compiler, exactly as ``torch.compile(backend=inner, ...)`` would."""
     inner_options = dict(options.inner_options)
     if options.inner == "inductor":
-        # What torch.compile itself makes of mode= and options= for inductor. Private; torch 2.11, 2.13.
+        # What torch.compile itself makes of mode= and options= for inductor. Private; torch 2.11, 2.13, 2.15.
         wrapper = torch._TorchCompileInductorWrapper(options.mode, inner_options, None)
         compiled: Callable[..., Any] = wrapper(gm, example_inputs)
         return compiled

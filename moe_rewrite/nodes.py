@@ -62,7 +62,7 @@ def shares_memory(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _inside(tensor: torch.Tensor) -> torch.Tensor:
-    """What a tensor of ``vmap`` or another transform is made of, which has the memory. torch 2.11, 2.13."""
+    """What a tensor of ``vmap`` or another transform is made of, which has the memory. torch 2.11, 2.13, 2.15."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

@@ -674,8 +674,9 @@ COMPILED = {
     "count": (_count(4096 * 4, 60), (90,)),
 }
 TUNED = ("few tokens", "some tokens", "many tokens", "gradient of the weight")
-SPILLS = {"interleaved": 224, "interleaved along N": 32}
-"""Bytes of registers that are put away: the long epilogue of the widest tile has too many values at a time."""
+SPILLS = {"interleaved": 288, "interleaved along N": 32}
+"""Bytes of registers that are put away: the long epilogue of the widest tile has too many values at a time. It is
+triton 3.9 that puts away so many, for SM100; 3.6 and 3.7 put away 224."""
 
 
 def test_compiled_for_gpus(tmp_path):

@@ -1,6 +1,6 @@
 """What is asked of Dynamo and inductor beside ``torch.compile``: caches, counters and seconds.
 
-Private parts of torch, all of them here; seen to work in 2.11 and 2.13.
+Private parts of torch, all of them here; seen to work in 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13.
+# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13, 2.15.
 from torch._dynamo import current_scope_id
 from torch._dynamo.exc import (
     RestartAnalysis,
@@ -64,22 +64,23 @@ __all__ = [
 ]
 
 DYNAMO_ERRORS = (Unsupported, UserError, GuardOnDataDependentSymNode)
-"""What Dynamo raises where it cannot trace on. torch 2.11, 2.13."""
+"""What Dynamo raises where it cannot trace on. torch 2.11, 2.13, 2.15."""
 
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
-"""What Dynamo raises to go on in another way. torch 2.11, 2.13."""
+"""What Dynamo raises to go on in another way. torch 2.11, 2.13, 2.15."""
 
 
 class RestartFrame(TensorifyScalarRestartAnalysis):  # type: ignore[misc]
     """Makes Dynamo trace the frame again from its start.
 
-    It derives from the one restart that passes unchanged through the call of a compiler backend. torch 2.11, 2.13.
+    It derives from the one restart that passes unchanged through the call of a compiler backend.
+    torch 2.11, 2.13, 2.15.
     """
 
 
 def error_shown_as_is(error: Exception) -> Exception:
-    """``error`` as a type that Dynamo hands to the user unwrapped (``ShortenTraceback``). torch 2.11, 2.13."""
+    """``error`` as a type that Dynamo hands to the user unwrapped (``ShortenTraceback``). torch 2.11, 2.13, 2.15."""
     own = type(error)
 
     def remove_dynamo_frames(self: Any) -> Any:
@@ -101,7 +102,7 @@ def allow_data_dependent_shapes(output: Any) -> bool:
     """Let this frame's graph hold operators such as ``nonzero``. Returns whether it could not before.
 
     The same as ``config.capture_dynamic_output_shape_ops``, for this one compile: the config is left alone.
-    torch 2.11, 2.13.
+    torch 2.11, 2.13, 2.15.
     """
     settings = output.shape_env.settings
     output.shape_env.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
@@ -109,13 +110,13 @@ def allow_data_dependent_shapes(output: Any) -> bool:
 
 
 def abandon(tx: Any) -> None:
-    """Leave a frame that will not be traced as Dynamo itself does when tracing fails. torch 2.11, 2.13."""
+    """Leave a frame that will not be traced as Dynamo itself does when tracing fails. torch 2.11, 2.13, 2.15."""
     tx.output.cleanup()
     tx.output.mark_bytecode_tracing_stop()
 
 
 def local_variables(tx: Any) -> dict[str, Any]:
-    """The frame's local variables by name. torch 2.11, 2.13."""
+    """The frame's local variables by name. torch 2.11, 2.13, 2.15."""
     return dict(tx.symbolic_locals)
 
 
@@ -131,7 +132,7 @@ def user_location(tx: Any) -> str:
 
 
 def module_stack_path(tx: Any) -> str:
-    """The source of the innermost module whose code is being traced; ``""`` outside of any. torch 2.11, 2.13."""
+    """The source of the innermost module whose code is being traced; ``""`` outside of any. torch 2.11, 2.13, 2.15."""
     stack = tx.nn_module_stack
     return str(next(reversed(stack.values()))[0]) if stack else ""
 
@@ -142,7 +143,10 @@ def stop_iteration(tx: Any) -> NoReturn:
 
 
 def graph_break(reason: str, explanation: str, hints: list[str]) -> NoReturn:
-    """End the graph here as Dynamo itself does; with ``fullgraph=True`` this is the user's error. torch 2.11, 2.13."""
+    """End the graph here as Dynamo itself does; with ``fullgraph=True`` this is the user's error.
+
+    torch 2.11, 2.13, 2.15.
+    """
     unimplemented(gb_type=reason, context="", explanation=explanation, hints=hints)
     raise AssertionError("unreachable")
 
@@ -153,7 +157,7 @@ def graph_break(reason: str, explanation: str, hints: list[str]) -> NoReturn:
 def enter_scope() -> int:
     """From now on Dynamo refuses to change Python objects that are older than this call. Returns the scope to leave to.
 
-    This is how Dynamo itself keeps the body of a higher-order operator free of side effects. torch 2.11, 2.13.
+    This is how Dynamo itself keeps the body of a higher-order operator free of side effects. torch 2.11, 2.13, 2.15.
     """
     scope: int = current_scope_id.current_scope_id()
     current_scope_id._current_scope_id.value = scope + 1
@@ -166,7 +170,8 @@ def leave_scope(scope: int) -> None:
 
 def python_state(output: Any, scope: int) -> dict[Any, Any]:
     """What code in the frame has done so far to Python objects that were there before ``scope`` was left, as far as
-    Dynamo lets it pass: attributes (some of them it checks late), globals, hooks, random numbers. torch 2.11, 2.13.
+    Dynamo lets it pass: attributes (some of them it checks late), globals, hooks, random numbers.
+    torch 2.11, 2.13, 2.15.
     """
     effects = output.side_effects
     state: dict[Any, Any] = {
@@ -195,13 +200,13 @@ def same_scope_after() -> Iterator[None]:
 
 
 def call_in_graph(tx: Any, op: torch._ops.OpOverload, args: list[Any]) -> Any:
-    """Put ``op(*args)`` into the graph; arguments are variables or Python constants. torch 2.11, 2.13."""
+    """Put ``op(*args)`` into the graph; arguments are variables or Python constants. torch 2.11, 2.13, 2.15."""
     variables = [arg if isinstance(arg, VariableTracker) else SourcelessBuilder.create(tx, arg) for arg in args]
     return TorchInGraphFunctionVariable(op).call_function(tx, variables, {})
 
 
 def index(tx: Any, tensor: Any, keys: list[Any]) -> Any:
-    """``tensor[keys]``, traced as the user's own indexing would be. torch 2.11, 2.13."""
+    """``tensor[keys]``, traced as the user's own indexing would be. torch 2.11, 2.13, 2.15."""
     return tensor.call_method(tx, "__getitem__", [tuple_of(keys)], {})
 
 
@@ -218,13 +223,13 @@ def full_slice() -> Any:
 
 
 def slice_bounds(variable: Any) -> list[Any] | None:
-    """The start, the stop and the step of a slice; None for other variables. torch 2.11, 2.13."""
+    """The start, the stop and the step of a slice; None for other variables. torch 2.11, 2.13, 2.15."""
     variable = variable.realize()
     return [item.realize() for item in variable.items] if isinstance(variable, SliceVariable) else None
 
 
 def slice_of(bounds: list[Any]) -> Any:
-    """``slice(*bounds)``. torch 2.11, 2.13."""
+    """``slice(*bounds)``. torch 2.11, 2.13, 2.15."""
     return SliceVariable(bounds)
 
 
@@ -234,7 +239,7 @@ def is_tuple(variable: Any) -> bool:
 
 def function_name(fn: Any) -> str:
     """The plain name of a function that reached ``__torch_function__``: ``eq`` for ``Tensor.__eq__``, ``operator.eq``,
-    ``torch.eq`` ... Which of them arrives differs between versions. torch 2.11, 2.13.
+    ``torch.eq`` ... Which of them arrives differs between versions. torch 2.11, 2.13, 2.15.
     """
     value = fn.fn if isinstance(fn, BuiltinVariable) else getattr(fn, "value", None)
     if value is None and fn.is_python_constant():
@@ -247,39 +252,42 @@ def function_name(fn: Any) -> str:
 
 
 def unbacked_symbols(output: Any) -> frozenset[Any]:
-    """The symbols of data-dependent sizes that exist by now. torch 2.11, 2.13."""
+    """The symbols of data-dependent sizes that exist by now. torch 2.11, 2.13, 2.15."""
     shape_env = output.shape_env
     return frozenset(symbol for symbol in shape_env.var_to_range if shape_env.is_unbacked_symint(symbol))
 
 
 def unknown_sizes(variable: Any, output: Any, known_before: frozenset[Any]) -> list[Any]:
-    """The symbols born since ``known_before`` that a symbolic number or truth depends on. torch 2.11, 2.13."""
+    """The symbols born since ``known_before`` that a symbolic number or truth depends on. torch 2.11, 2.13, 2.15."""
     expression = getattr(getattr(variable.sym_num, "node", None), "expr", None)
     born = [s for s in getattr(expression, "free_symbols", ()) if s not in known_before]
     return [symbol for symbol in born if output.shape_env.is_unbacked_symint(symbol)]
 
 
 def symbols_of(variable: Any) -> frozenset[Any]:
-    """The symbols in a symbolic number. torch 2.11, 2.13."""
+    """The symbols in a symbolic number. torch 2.11, 2.13, 2.15."""
     return frozenset(getattr(getattr(variable.sym_num, "node", None), "expr", variable.sym_num).free_symbols)
 
 
 def is_same_number(variable: Any, number: Any) -> bool:
-    """Whether ``variable`` is the symbolic number ``number``. torch 2.11, 2.13."""
+    """Whether ``variable`` is the symbolic number ``number``. torch 2.11, 2.13, 2.15."""
     if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
         return False
     return bool(variable.sym_num.node.expr == number.sym_num.node.expr)
 
 
 def depends_only_on(variable: Any, number: Any) -> bool:
-    """Whether ``variable`` is a number that is computed from the symbolic number ``number`` alone. torch 2.11, 2.13."""
+    """Whether ``variable`` is a number that is computed from the symbolic number ``number`` alone.
+
+    torch 2.11, 2.13, 2.15.
+    """
     if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
         return False
     return bool(variable.sym_num.node.expr.free_symbols == number.sym_num.node.expr.free_symbols)
 
 
 def steps_of(variable: Any, number: Any) -> tuple[int, int] | None:
-    """``(a, b)`` where ``variable`` is ``a * number + b``; None for others. torch 2.11, 2.13."""
+    """``(a, b)`` where ``variable`` is ``a * number + b``; None for others. torch 2.11, 2.13, 2.15."""
     if not isinstance(variable, SymNodeVariable) or not isinstance(variable.sym_num, torch.SymInt):
         return None
     expression, symbol = variable.sym_num.node.expr, number.sym_num.node.expr
@@ -296,7 +304,7 @@ def _example(variable: Any) -> torch.Tensor | None:
 
 
 def is_same_memory(a: Any, b: Any) -> bool:
-    """Whether two variables are one tensor: of one shape, in one place. torch 2.11, 2.13."""
+    """Whether two variables are one tensor: of one shape, in one place. torch 2.11, 2.13, 2.15."""
     first, second = _example(a), _example(b)
     if first is None or second is None or not is_alike_tensor(a, b):
         return False
@@ -305,7 +313,7 @@ def is_same_memory(a: Any, b: Any) -> bool:
 
 
 def is_alike_tensor(a: Any, b: Any) -> bool:
-    """Whether two variables are tensors of one shape, dtype and device. torch 2.11, 2.13."""
+    """Whether two variables are tensors of one shape, dtype and device. torch 2.11, 2.13, 2.15."""
     first, second = _example(a), _example(b)
     if first is None or second is None:
         return False
@@ -316,7 +324,7 @@ def truth_of_sizes(variable: Any, output: Any, is_some: dict[Any, bool]) -> bool
     """A symbolic truth, where each size in it is 0 or at least 1 as ``is_some`` says; None if that does not settle it.
 
     Nothing is told to the shape environment: a size of at most 1 would become the number 1 in all later shapes.
-    torch 2.11, 2.13.
+    torch 2.11, 2.13, 2.15.
     """
     if not isinstance(variable.sym_num, torch.SymBool):
         return None
@@ -331,7 +339,7 @@ def truth_of_sizes(variable: Any, output: Any, is_some: dict[Any, bool]) -> bool
 def condition_on(variable: Any, number: Any) -> Callable[[int], bool] | None:
     """A symbolic condition as a function of the value of ``number``, where it depends on nothing else.
 
-    torch 2.11, 2.13.
+    torch 2.11, 2.13, 2.15.
     """
     condition = getattr(getattr(variable.sym_num, "node", None), "expr", None)
     symbol = number.sym_num.node.expr
@@ -341,7 +349,7 @@ def condition_on(variable: Any, number: Any) -> Callable[[int], bool] | None:
 
 
 def narrow(number: Any, low: int, high: int) -> None:
-    """Tell the shape environment that a symbolic integer is from ``low`` to ``high``. torch 2.11, 2.13."""
+    """Tell the shape environment that a symbolic integer is from ``low`` to ``high``. torch 2.11, 2.13, 2.15."""
     torch._check(number.sym_num >= low)
     torch._check(number.sym_num <= high)
 
@@ -350,16 +358,23 @@ def narrow(number: Any, low: int, high: int) -> None:
 
 
 def iteration_method() -> str:
-    """The method of ``TensorVariable`` that ``iter(tensor)`` ends in. torch 2.11 (the latter), 2.13 (the former)."""
+    """The method of ``TensorVariable`` that ``iter(tensor)`` ends in.
+
+    torch 2.11 (the latter), 2.13, 2.15 (the former).
+    """
     return "tp_iter_impl" if hasattr(TensorVariable, "tp_iter_impl") else "method___iter__"
 
 
 NEXT_METHOD = "tp_iternext_impl" if hasattr(VariableTracker, "tp_iternext_impl") else "next_variable"
-"""The method that advances an iterator. torch 2.11 (the latter), 2.13 (the former)."""
+"""The method that advances an iterator. torch 2.11 (the latter), 2.13, 2.15 (the former)."""
+
+
+ATTRIBUTE_METHOD = "tp_getattro_impl" if hasattr(TensorVariable, "tp_getattro_impl") else "var_getattr"
+"""The method that takes an attribute. torch 2.11, 2.13 (the latter), 2.15 (the former)."""
 
 
 def iterators() -> list[type]:
-    """Dynamo's classes of iterators, each of which advances in a way of its own. torch 2.11, 2.13.
+    """Dynamo's classes of iterators, each of which advances in a way of its own. torch 2.11, 2.13, 2.15.
 
     Not all of them ask whether they may be changed before they advance.
     """
@@ -378,7 +393,10 @@ def current_scope() -> int:
 
 
 def wrap_opcodes(names: Callable[[str], bool], wrapper: Callable[..., Any]) -> None:
-    """Put ``wrapper(original, tx, instruction)`` in the place of the handlers of some opcodes. torch 2.11, 2.13."""
+    """Put ``wrapper(original, tx, instruction)`` in the place of the handlers of some opcodes.
+
+    torch 2.11, 2.13, 2.15.
+    """
     waiting: list[Any] = [InstructionTranslatorBase]
     while waiting:
         cls = waiting.pop()
@@ -392,26 +410,42 @@ def wrap_opcodes(names: Callable[[str], bool], wrapper: Callable[..., Any]) -> N
 
 
 def getattr_method() -> tuple[type, str]:
-    """What handles the builtin ``getattr``. torch 2.11 (the latter, of all arguments), 2.13 (the former, of a list)."""
+    """What handles the builtin ``getattr``.
+
+    torch 2.11 (the latter, of all arguments), 2.13, 2.15 (the former, of a list).
+    """
     own = getattr(torch._dynamo.variables.builtin, "GetAttrBuiltinVariable", None)
     return (BuiltinVariable, "call_getattr") if own is None else (own, "call_function")
 
 
 def forget_handlers() -> None:
-    """Have Dynamo look again for what handles builtin functions: it keeps methods that it found. torch 2.11, 2.13."""
+    """Have Dynamo look again for what handles builtin functions: it keeps methods that it found.
+
+    torch 2.11, 2.13, 2.15.
+    """
     BuiltinVariable.call_function_handler_cache.clear()
 
 
 def wrap_method(cls: type | types.ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace ``cls.name`` by ``wrapper(original, self, *args)``; a second call with the same wrapper does nothing."""
     original = getattr(cls, name)
-    if getattr(original, "_moe_rewrite_wrapper", None) is wrapper:
-        return
+    if getattr(original, "_moe_rewrite_wrapper", None) is not wrapper:
+        setattr(cls, name, _wrapped(original, wrapper))
 
+
+def wrap_tensor_method(name: str, wrapper: Callable[..., Any]) -> None:
+    """:func:`wrap_method` for what traces ``tensor.name()``. torch 2.11, 2.13 (a method), 2.15 (in a table)."""
+    entry = getattr(TensorVariable, "tp_methods", {}).get(name)
+    if entry is None:
+        wrap_method(TensorVariable, f"method_{name}", wrapper)
+    elif getattr(entry.handler, "_moe_rewrite_wrapper", None) is not wrapper:
+        TensorVariable.tp_methods[name] = dataclasses.replace(entry, handler=_wrapped(entry.handler, wrapper))
+
+
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original, assigned=("__name__", "__doc__"), updated=())
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(original, self, *args, **kwargs)
 
-    method.__name__ = name
-    method.__doc__ = original.__doc__
     method._moe_rewrite_wrapper = wrapper  # type: ignore[attr-defined]
-    setattr(cls, name, method)
+    return method

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13.
+# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13, 2.15.
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -20,7 +20,10 @@ from moe_rewrite.capture.dynamo import wrap_method
 
 
 def compiler_wrapper(compiler_fn: Any) -> Any:
-    """The object that ``torch.compile`` made of ``backend=``, out of Dynamo's debug wrappers. torch 2.11, 2.13."""
+    """The object that ``torch.compile`` made of ``backend=``, out of Dynamo's debug wrappers.
+
+    torch 2.11, 2.13, 2.15.
+    """
     while hasattr(compiler_fn, "_torchdynamo_orig_backend"):
         compiler_fn = compiler_fn._torchdynamo_orig_backend
     return compiler_fn
@@ -29,7 +32,7 @@ def compiler_wrapper(compiler_fn: Any) -> Any:
 def compiled_with(module: Any) -> Any:
     """The object that ``torch.compile`` made of ``backend=`` for a compiled module; None for anything else.
 
-    torch 2.11, 2.13.
+    torch 2.11, 2.13, 2.15.
     """
     if not isinstance(module, OptimizedModule):
         return None
@@ -37,7 +40,7 @@ def compiled_with(module: Any) -> Any:
 
 
 def compile_again(module: Any, wrapper: Any) -> None:
-    """Compile a compiled module with another ``wrapper`` from its next call on. torch 2.11, 2.13.
+    """Compile a compiled module with another ``wrapper`` from its next call on. torch 2.11, 2.13, 2.15.
 
     What was compiled before is kept, and used again once an equal wrapper comes back.
     """
@@ -48,13 +51,13 @@ def compile_again(module: Any, wrapper: Any) -> None:
 
 
 def wrapper_like(wrapper: Any, options: dict[str, Any]) -> Any:
-    """A wrapper of the same compiler backend with other options. torch 2.11, 2.13."""
+    """A wrapper of the same compiler backend with other options. torch 2.11, 2.13, 2.15."""
     return torch._TorchCompileWrapper(wrapper.compiler_fn, None, options, wrapper.dynamic)
 
 
 def compiled_module(wrapper: Any) -> torch.nn.Module | None:
     """The module whose compiled call is running: that of ``torch.compile(module)``, ``module.compile()`` or
-    ``torch.compile(module.method)`` which made ``wrapper``. None for other functions. torch 2.11, 2.13.
+    ``torch.compile(module.method)`` which made ``wrapper``. None for other functions. torch 2.11, 2.13, 2.15.
 
     The frame that is being traced may be of a function far below: Dynamo passes over frames that it once gave up.
     """
@@ -72,13 +75,14 @@ def compiled_module(wrapper: Any) -> torch.nn.Module | None:
 
 
 def traced_frame() -> tuple[types.CodeType, dict[str, Any]]:
-    """The code and the arguments of the frame that this thread is about to trace. torch 2.11, 2.13."""
+    """The code and the arguments of the frame that this thread is about to trace. torch 2.11, 2.13, 2.15."""
     tx = InstructionTranslator.current_tx()
     return tx.f_code, tx.f_locals
 
 
 def trace_again(code: types.CodeType) -> None:
-    """Let Dynamo look at the frames of ``code`` again if it gave them up. What is compiled is kept. torch 2.11, 2.13.
+    """Let Dynamo look at the frames of ``code`` again if it gave them up. What is compiled is kept.
+    torch 2.11, 2.13, 2.15.
 
     Dynamo gives up a frame with a graph break in a ``for`` statement for good, and for all compiler backends. One that
     gives it up as well traces it once more at its next call.
@@ -91,7 +95,8 @@ def trace_again(code: types.CodeType) -> None:
 def guard_identity(name: str) -> None:
     """What is compiled of the frame that is being traced is to serve the object in its argument ``name`` alone.
 
-    Otherwise Dynamo takes it for every other object that looks the same, such as the next layer. torch 2.11, 2.13.
+    Otherwise Dynamo takes it for every other object that looks the same, such as the next layer.
+    torch 2.11, 2.13, 2.15.
     """
     in_cell = name in InstructionTranslator.current_tx().f_code.co_cellvars
     source = torch._dynamo.source.LocalSource(name, is_input=True, is_derefed_cell_contents=in_cell)
@@ -102,7 +107,7 @@ def on_convert_frame(hook: Callable[..., Any]) -> None:
     """Have ``hook(original, converter, frame, *args)`` called for each frame that Dynamo may give up, to convert it.
 
     ``converter`` leads to the :func:`compiler_wrapper`; ``original`` returns a result for :func:`is_given_up`.
-    torch 2.11, 2.13.
+    torch 2.11, 2.13, 2.15.
     """
     wrap_method(torch._dynamo.convert_frame.ConvertFrame, "__call__", hook)
 
@@ -110,26 +115,30 @@ def on_convert_frame(hook: Callable[..., Any]) -> None:
 def on_compile(hook: Callable[..., Any]) -> None:
     """Have ``hook(original, compiler)`` called for each ``torch.compile``, with what it made of its ``backend=``.
 
-    It is called before anything is traced, also where this package is imported by that call. torch 2.11, 2.13.
+    It is called before anything is traced, also where this package is imported by that call. torch 2.11, 2.13, 2.15.
     """
     wrap_method(torch._dynamo.eval_frame, "get_compiler_fn", hook)
 
 
 def is_given_up(result: Any) -> bool:
-    """Whether converting a frame gave nothing, so that no frame of its code is traced again. torch 2.11, 2.13."""
+    """Whether converting a frame gave nothing, so that no frame of its code is traced again. torch 2.11, 2.13, 2.15."""
     skip = torch._dynamo.types.FrameAction.SKIP
     return result.guarded_code is None and bool(result.frame_exec_strategy.cur_action == skip)
 
 
 def given_up_once() -> Any:
-    """The result of converting a frame that is given up this time, but not all frames of its code. torch 2.11, 2.13."""
+    """The result of converting a frame that is given up this time, but not all frames of its code.
+
+    torch 2.11, 2.13, 2.15.
+    """
     return torch._dynamo.types.ConvertFrameReturn(apply_to_code=False)
 
 
 def forget(wrapper: Any, codes: list[types.CodeType]) -> None:
     """Drop what was compiled for ``wrapper``, and that frames were given up, as if it had never been traced.
 
-    Code that something else is compiled for as well is left alone: it could only be dropped together. torch 2.11, 2.13.
+    Code that something else is compiled for as well is left alone: it could only be dropped together.
+    torch 2.11, 2.13, 2.15.
     """
     eval_frame = torch._dynamo.eval_frame
     for code in codes:
@@ -138,13 +147,13 @@ def forget(wrapper: Any, codes: list[types.CodeType]) -> None:
 
 
 def compiled_in_place_with(module: Any) -> Any:
-    """What :func:`compiled_with` says, for a module after ``module.compile()``. torch 2.11, 2.13."""
+    """What :func:`compiled_with` says, for a module after ``module.compile()``. torch 2.11, 2.13, 2.15."""
     context = _context_in_place(module)
     return None if context is None else compiler_wrapper(context.callback)
 
 
 def compile_in_place_again(module: torch.nn.Module, wrapper: Any) -> None:
-    """What :func:`compile_again` does, for a module after ``module.compile()``. torch 2.11, 2.13."""
+    """What :func:`compile_again` does, for a module after ``module.compile()``. torch 2.11, 2.13, 2.15."""
     fullgraph = _context_in_place(module).fullgraph
     fresh = torch._dynamo.optimize(backend=wrapper, nopython=fullgraph, dynamic=wrapper.dynamic)
     module._compiled_call_impl = fresh(module._call_impl)
@@ -160,20 +169,23 @@ def _context_in_place(module: Any) -> Any:
 
 
 def is_exported(tx: Any) -> bool:
-    """Whether the frame that ``tx`` traces is that of a module in strict ``torch.export.export``. torch 2.11, 2.13."""
+    """Whether the frame that ``tx`` traces is that of a module in strict ``torch.export.export``.
+
+    torch 2.11, 2.13, 2.15.
+    """
     return bool(tx.output.export)
 
 
 def compiler(tx: Any) -> Any:
-    """What the graph of the frame that ``tx`` traces is handed to. torch 2.11, 2.13."""
+    """What the graph of the frame that ``tx`` traces is handed to. torch 2.11, 2.13, 2.15."""
     return tx.output.compiler_fn
 
 
 def set_compiler(tx: Any, compiler_fn: Any) -> None:
-    """Hand the graph of the frame that ``tx`` traces to something else. torch 2.11, 2.13."""
+    """Hand the graph of the frame that ``tx`` traces to something else. torch 2.11, 2.13, 2.15."""
     tx.output.compiler_fn = compiler_fn
 
 
 def is_tracing() -> bool:
-    """Whether this thread is inside of the compilation of a frame. torch 2.11, 2.13."""
+    """Whether this thread is inside of the compilation of a frame. torch 2.11, 2.13, 2.15."""
     return torch._guards.TracingContext.try_get() is not None

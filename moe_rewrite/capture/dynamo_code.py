@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13.
+# The classes a variable tracker of ours derives from, or is compared with. torch 2.11, 2.13, 2.15.
 from torch._dynamo.bytecode_transformation import Instruction
 
 
 def is_for_loop_over(tx: Any, iterator: Any) -> bool:
-    """Whether ``tx`` is right now at the head of ``for ... in iterator``, outside a generator. torch 2.11, 2.13."""
+    """Whether ``tx`` is right now at the head of ``for ... in iterator``, outside a generator.
+
+    torch 2.11, 2.13, 2.15.
+    """
     generator_flags = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
     return (
         tx.current_instruction.opname == "FOR_ITER"
@@ -24,22 +27,22 @@ def is_for_loop_over(tx: Any, iterator: Any) -> bool:
 
 
 def is_get_iter(tx: Any) -> bool:
-    """Whether ``tx`` executes the ``iter()`` that a ``for`` statement makes. torch 2.11, 2.13."""
+    """Whether ``tx`` executes the ``iter()`` that a ``for`` statement makes. torch 2.11, 2.13, 2.15."""
     return bool(tx.current_instruction.opname == "GET_ITER")
 
 
 def loop_site(tx: Any) -> tuple[Any, int]:
-    """What tells one ``for`` from all others: its code and where in it the head is. torch 2.11, 2.13."""
+    """What tells one ``for`` from all others: its code and where in it the head is. torch 2.11, 2.13, 2.15."""
     return tx.f_code, tx.current_instruction.offset
 
 
 def is_of_torch(tx: Any) -> bool:
-    """Whether the code that is being traced is torch's own. torch 2.11, 2.13."""
+    """Whether the code that is being traced is torch's own. torch 2.11, 2.13, 2.15."""
     return "/torch/" in tx.f_code.co_filename
 
 
 def loop_body(tx: Any) -> list[Instruction]:
-    """The instructions of the body of the ``for`` whose head is being traced. torch 2.11, 2.13."""
+    """The instructions of the body of the ``for`` whose head is being traced. torch 2.11, 2.13, 2.15."""
     position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
     head = tx.current_instruction
     end = position[id(head.target)]
@@ -47,7 +50,7 @@ def loop_body(tx: Any) -> list[Instruction]:
 
 
 def loop_lines(tx: Any) -> frozenset[str]:
-    """The lines of the body of the ``for`` whose head is being traced, ``file:line``. torch 2.11, 2.13."""
+    """The lines of the body of the ``for`` whose head is being traced, ``file:line``. torch 2.11, 2.13, 2.15."""
     body = loop_body(tx)
     positions = [getattr(instruction, "positions", None) for instruction in body]
     lines = [position.lineno for position in positions if position is not None]
@@ -58,7 +61,7 @@ def loop_lines(tx: Any) -> frozenset[str]:
 
 
 def names_stored(body: list[Instruction]) -> dict[str, list[Instruction]]:
-    """The local variables that a body stores, each with the instructions before its stores. torch 2.11, 2.13."""
+    """The local variables that a body stores, each with the instructions before its stores. torch 2.11, 2.13, 2.15."""
     stored: dict[str, list[Instruction]] = {}
     for before, instruction in zip([body[0], *body], body, strict=False):
         names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
@@ -70,7 +73,7 @@ def names_stored(body: list[Instruction]) -> dict[str, list[Instruction]]:
 
 
 def times_loaded(body: list[Instruction], name: str) -> int:
-    """How often a body loads a local variable. torch 2.11, 2.13."""
+    """How often a body loads a local variable. torch 2.11, 2.13, 2.15."""
     loads = [instruction.argval for instruction in body if "LOAD_FAST" in instruction.opname]
     return sum(argument.count(name) if isinstance(argument, tuple) else argument == name for argument in loads)
 
@@ -80,12 +83,12 @@ FIRST_IN_PLACE = 13
 
 
 def is_in_place(instruction: Instruction) -> bool:
-    """Whether an instruction is ``+=`` or the like (CPython's ``NB_INPLACE_*``). torch 2.11, 2.13."""
+    """Whether an instruction is ``+=`` or the like (CPython's ``NB_INPLACE_*``). torch 2.11, 2.13, 2.15."""
     return instruction.opname == "BINARY_OP" and FIRST_IN_PLACE <= (instruction.arg or 0) <= 25
 
 
 def is_comprehension(body: list[Instruction]) -> bool:
-    """Whether a body is that of a list comprehension. torch 2.11, 2.13."""
+    """Whether a body is that of a list comprehension. torch 2.11, 2.13, 2.15."""
     return len(body) > 1 and body[-2].opname == "LIST_APPEND" and body[-1].opname.startswith("JUMP")
 
 
@@ -99,12 +102,12 @@ def set_below_iterator(tx: Any, variable: Any) -> None:
 
 
 def takes_slices(body: list[Instruction]) -> bool:
-    """Whether a body has a slice in it. torch 2.11, 2.13."""
+    """Whether a body has a slice in it. torch 2.11, 2.13, 2.15."""
     return any(i.opname in ("BUILD_SLICE", "BINARY_SLICE", "STORE_SLICE") for i in body)
 
 
 def appended_to(body: list[Instruction]) -> list[str]:
-    """The local variables ``name`` of which a body takes ``name.append``. torch 2.11, 2.13."""
+    """The local variables ``name`` of which a body takes ``name.append``. torch 2.11, 2.13, 2.15."""
     pairs = itertools.pairwise(body)
     return [
         before.argval
@@ -117,7 +120,7 @@ def appended_to(body: list[Instruction]) -> list[str]:
 
 
 def methods_called(body: list[Instruction]) -> set[str]:
-    """The names of the attributes that a body takes. torch 2.11, 2.13."""
+    """The names of the attributes that a body takes. torch 2.11, 2.13, 2.15."""
     return {str(i.argval) for i in body if i.opname in ("LOAD_METHOD", "LOAD_ATTR")}
 
 
@@ -127,7 +130,7 @@ _NEVER_FALLS_THROUGH = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACK
 def is_live(tx: Any, name: str) -> bool:
     """Whether local variable ``name`` may still be read, unchanged, from the current instruction on.
 
-    Dynamo's own ``livevars_analysis`` calls every variable of a body with a ``continue`` live. torch 2.11, 2.13.
+    Dynamo's own ``livevars_analysis`` calls every variable of a body with a ``continue`` live. torch 2.11, 2.13, 2.15.
     """
     position = {id(instruction): i for i, instruction in enumerate(tx.instructions)}
     waiting, seen = [position[id(tx.current_instruction)]], set()

@@ -31,7 +31,7 @@ from torch._dynamo.variables.builder import GraphArg, wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable, ZipVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
-from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVariable
+from torch._dynamo.variables.lists import ListIteratorVariable, RangeIteratorVariable, TupleIteratorVariable
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._guards import ChainedSource, Guard
@@ -52,14 +52,14 @@ __all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
 
 
 def range_left(iterator: Any) -> range | None:
-    """The numbers that a range iterator has yet to yield. torch 2.11, 2.13."""
+    """The numbers that a range iterator has yet to yield. torch 2.11, 2.13, 2.15."""
     if not isinstance(iterator, RangeIteratorVariable):
         return None
     return range(iterator.start, iterator.start + iterator.step * iterator.len, iterator.step)
 
 
 def enumerated(iterator: Any) -> tuple[Any, int] | None:
-    """What an ``enumerate`` that was not advanced yet goes over, and its first number. torch 2.11, 2.13."""
+    """What an ``enumerate`` that was not advanced yet goes over, and its first number. torch 2.11, 2.13, 2.15."""
     if not isinstance(iterator, LocalGeneratorObjectVariable):
         return None
     code, given = iterator.code, iterator.inline_tracer.symbolic_locals
@@ -69,11 +69,11 @@ def enumerated(iterator: Any) -> tuple[Any, int] | None:
 
 
 _PARAMETERS = next(code for code in nn.ParameterList.__iter__.__code__.co_consts if isinstance(code, types.CodeType))
-"""The generator in ``iter(self[i] for i in range(len(self)))``. torch 2.11, 2.13."""
+"""The generator in ``iter(self[i] for i in range(len(self)))``. torch 2.11, 2.13, 2.15."""
 
 
 def parameters_iterated(tx: Any, iterator: Any) -> Any:
-    """The ``ParameterList`` that an iterator which was not advanced yet goes over. torch 2.11, 2.13."""
+    """The ``ParameterList`` that an iterator which was not advanced yet goes over. torch 2.11, 2.13, 2.15."""
     if not isinstance(iterator, LocalGeneratorObjectVariable) or iterator.code is not _PARAMETERS:
         return None
     given = iterator.inline_tracer.symbolic_locals
@@ -83,7 +83,7 @@ def parameters_iterated(tx: Any, iterator: Any) -> Any:
 
 
 def zipped(iterator: Any) -> list[Any] | None:
-    """What a ``zip`` goes over: iterables, or lists of items. torch 2.11 (``iterables``), 2.13 (``iterable``)."""
+    """What a ``zip`` goes over: iterables, or lists of items. torch 2.11 (``iterables``), 2.13, 2.15 (``iterable``)."""
     if not isinstance(iterator, ZipVariable):
         return None
     if hasattr(iterator, "iterables"):
@@ -91,9 +91,12 @@ def zipped(iterator: Any) -> list[Any] | None:
     return list(iterator.iterable.items)
 
 
+_LIST_ITERATORS = (ListIteratorVariable, TupleIteratorVariable)
+
+
 def items_left(iterator: Any) -> list[Any] | None:
-    """What an iterator over a list, a tuple or a view of a dict has yet to yield. torch 2.11, 2.13."""
-    if isinstance(iterator, ListIteratorVariable):
+    """What an iterator over a list, a tuple or a view of a dict has yet to yield. torch 2.11, 2.13, 2.15."""
+    if isinstance(iterator, _LIST_ITERATORS):
         return list(iterator.items[iterator.index :])
     if hasattr(iterator, "_iter") and hasattr(iterator, "view_type"):  # 2.13: an iterator over a view of a dict
         left = list(copy.copy(iterator._iter))  # a copy of a dict's iterator does not advance it
@@ -104,7 +107,7 @@ def items_left(iterator: Any) -> list[Any] | None:
 
 
 def iterator_over(tx: Any, iterable: Any) -> Any:
-    """``iter(iterable)``. torch 2.11, 2.13."""
+    """``iter(iterable)``. torch 2.11, 2.13, 2.15."""
     if isinstance(iterable, list):
         return ListIteratorVariable(iterable)
     return VariableTracker.build(tx, iter).call_function(tx, [iterable], {})
@@ -115,12 +118,12 @@ def realized(variable: Any) -> Any:
 
 
 def tuple_items(variable: Any) -> list[Any] | None:
-    """The items of a tuple. torch 2.11, 2.13."""
+    """The items of a tuple. torch 2.11, 2.13, 2.15."""
     return list(variable.items) if type(variable) is TupleVariable else None
 
 
 def tensor_of_rows(items: list[Any]) -> Any:
-    """The proxy of the tensor whose rows, in order, are ``items``; None for other items. torch 2.11, 2.13."""
+    """The proxy of the tensor whose rows, in order, are ``items``; None for other items. torch 2.11, 2.13, 2.15."""
     if not items or not all(type(item) is TensorVariable for item in items):
         return None
     whole = rows_of([item.as_proxy().node for item in items])
@@ -128,17 +131,17 @@ def tensor_of_rows(items: list[Any]) -> Any:
 
 
 def sequence_items(variable: Any) -> list[Any] | None:
-    """The items of a list or a tuple that the traced code does not see change. torch 2.11, 2.13."""
+    """The items of a list or a tuple that the traced code does not see change. torch 2.11, 2.13, 2.15."""
     return list(variable.items) if type(variable) in (ListVariable, TupleVariable) else None
 
 
 def put_in_graph(tx: Any, op: torch._ops.OpOverload, *args: Any) -> Any:
-    """``op(*args)`` of proxies and numbers in the graph, as a variable. torch 2.11, 2.13."""
+    """``op(*args)`` of proxies and numbers in the graph, as a variable. torch 2.11, 2.13, 2.15."""
     return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", op, args, {}))
 
 
 def python_number(variable: Any) -> int | None:
-    """A Python integer that is known. torch 2.11, 2.13."""
+    """A Python integer that is known. torch 2.11, 2.13, 2.15."""
     if isinstance(variable, LazyVariableTracker) or not isinstance(variable, ConstantVariable):
         return None
     value = variable.as_python_constant()
@@ -149,17 +152,20 @@ def python_number(variable: Any) -> int | None:
 
 
 def is_list(variable: Any) -> bool:
-    """Whether a variable is a list that the traced code may change. torch 2.11, 2.13."""
+    """Whether a variable is a list that the traced code may change. torch 2.11, 2.13, 2.15."""
     return isinstance(variable, ListVariable) and variable.is_mutable()
 
 
 def is_older_list(variable: Any) -> bool:
-    """Whether a list was there before the traced code ran: its caller sees what becomes of it. torch 2.11, 2.13."""
+    """Whether a list was there before the traced code ran: its caller sees what becomes of it.
+
+    torch 2.11, 2.13, 2.15.
+    """
     return isinstance(variable.mutation_type, ValueMutationExisting)
 
 
 def module_value(variable: Any) -> nn.Module | None:
-    """The module that a variable stands for, without tracing more of it. torch 2.11, 2.13."""
+    """The module that a variable stands for, without tracing more of it. torch 2.11, 2.13, 2.15."""
     if isinstance(variable, LazyVariableTracker) and not variable.is_realized():
         value = variable.peek_value()
     else:
@@ -168,7 +174,7 @@ def module_value(variable: Any) -> nn.Module | None:
 
 
 def is_nothing(variable: Any) -> bool:
-    """Whether a variable stands for None, without tracing more of it. torch 2.11, 2.13."""
+    """Whether a variable stands for None, without tracing more of it. torch 2.11, 2.13, 2.15."""
     if isinstance(variable, LazyVariableTracker) and not variable.is_realized():
         return variable.peek_value() is None
     return is_none(variable.realize())
@@ -177,7 +183,7 @@ def is_nothing(variable: Any) -> bool:
 def unchanged_module(tx: Any, variable: Any) -> tuple[Any, nn.Module] | None:
     """The source of a module, and the module.
 
-    None for other variables, and where the traced code has changed the module. torch 2.11, 2.13.
+    None for other variables, and where the traced code has changed the module. torch 2.11, 2.13, 2.15.
     """
     if not _is_module(variable) or variable.source is None:
         return None
@@ -197,7 +203,10 @@ def _is_module(variable: Any) -> bool:
 
 
 def source_of_item(variable: Any) -> Any:
-    """``(source of the container, key)`` of a module that was taken out of one; None for others. torch 2.11, 2.13."""
+    """``(source of the container, key)`` of a module that was taken out of one; None for others.
+
+    torch 2.11, 2.13, 2.15.
+    """
     source = variable.source
     while source is not None and not hasattr(source, "index"):  # wrappers that only say what kind of module it is
         source = getattr(source, "base", None)
@@ -208,7 +217,7 @@ def source_of_item(variable: Any) -> Any:
 
 
 def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
-    """Trace again once ``holds(value of source)`` is false, for a module. torch 2.11, 2.13.
+    """Trace again once ``holds(value of source)`` is false, for a module. torch 2.11, 2.13, 2.15.
 
     Dynamo may pass over the guards below a module whose ``__dict__`` is as it was (the setting
     ``use_recursive_dict_tags_for_guards``, which is on in 2.11). What this one looks at lies deeper. A guard that goes
@@ -228,7 +237,7 @@ def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
 
 
 def global_variable(tx: Any, prefix: str, value: Any) -> Any:
-    """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13.
+    """A variable for a Python object that the compiled code will find among its globals. torch 2.11, 2.13, 2.15.
 
     The shape of a tensor is that of a parameter: not dynamic.
     """
@@ -238,7 +247,7 @@ def global_variable(tx: Any, prefix: str, value: Any) -> Any:
 
 
 def _global_name(output: Any, prefix: str, value: Any) -> str:
-    """What the global is called that holds an object for the code that is compiled. torch 2.11, 2.13.
+    """What the global is called that holds an object for the code that is compiled. torch 2.11, 2.13, 2.15.
 
     The name is the same in the next process, as the key of AOTAutograd's cache holds the sources of a graph's inputs.
     Dynamo's ``install_global_by_id`` uses the address.
@@ -256,7 +265,7 @@ class TableSource(ChainedSource):  # type: ignore[misc]
     """Where the compiled code gets a tensor: from a function among its globals, by an object and a name.
 
     So one compiled function gets the tensors of each object that it is called for. There are no guards on such a
-    source. torch 2.11, 2.13.
+    source. torch 2.11, 2.13, 2.15.
     """
 
     function: str
@@ -274,7 +283,7 @@ class TableSource(ChainedSource):  # type: ignore[misc]
 
 
 def input_from(tx: Any, base: Any, function: Any, name: str, example: torch.Tensor, is_static: bool) -> Any:
-    """An input of the graph that is ``function(object at base, name)`` at each call. torch 2.11, 2.13.
+    """An input of the graph that is ``function(object at base, name)`` at each call. torch 2.11, 2.13, 2.15.
 
     Args:
         base: the source of the object.
@@ -295,7 +304,7 @@ def input_from(tx: Any, base: Any, function: Any, name: str, example: torch.Tens
 
 
 def stand_in(tx: Any, value: torch.Tensor, variable: Any) -> None:
-    """From now on, tracing finds ``variable`` where it comes to the tensor ``value``. torch 2.11, 2.13."""
+    """From now on, tracing finds ``variable`` where it comes to the tensor ``value``. torch 2.11, 2.13, 2.15."""
     effects = tx.output.side_effects
     variable.class_type = type(value)  # `isinstance(weight, nn.Parameter)`
     variable.moe_rewrite_stands_in = True
@@ -309,13 +318,13 @@ def end_stand_in(tx: Any, value: torch.Tensor) -> None:
 
 
 def graph_input(node: Any) -> Any:
-    """The Python object that a placeholder stands for; None where that is not known. torch 2.11, 2.13."""
+    """The Python object that a placeholder stands for; None where that is not known. torch 2.11, 2.13, 2.15."""
     argument = node.meta.get("grapharg")
     return getattr(argument, "example", None) if argument is not None else None
 
 
 def arange(tx: Any, length: int, device: torch.device | None = None) -> Any:
-    """``torch.arange(length, device=device)`` in the graph. torch 2.11, 2.13."""
+    """``torch.arange(length, device=device)`` in the graph. torch 2.11, 2.13, 2.15."""
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     named = {} if device is None else {"device": VariableTracker.build(tx, device)}
@@ -323,7 +332,7 @@ def arange(tx: Any, length: int, device: torch.device | None = None) -> Any:
 
 
 def is_along_first(tensor: Any, dims: list[Any]) -> bool:
-    """Whether ``dims``, what a function was given for its ``dim``, says the first dimension. torch 2.11, 2.13."""
+    """Whether ``dims``, what a function was given for its ``dim``, says the first dimension. torch 2.11, 2.13, 2.15."""
     if not dims:
         return True
     dim = dims[0].as_python_constant() if len(dims) == 1 and dims[0].is_python_constant() else None
@@ -331,7 +340,7 @@ def is_along_first(tensor: Any, dims: list[Any]) -> bool:
 
 
 def full(tx: Any, number: int) -> Any:
-    """``torch.full((), number)`` in the graph. torch 2.11, 2.13."""
+    """``torch.full((), number)`` in the graph. torch 2.11, 2.13, 2.15."""
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     given = [TupleVariable([]), ConstantVariable.create(number)]
@@ -339,7 +348,7 @@ def full(tx: Any, number: int) -> Any:
 
 
 def size_of(tx: Any, tensor: torch.fx.Node) -> Any:
-    """``tensor.shape[0]`` of a node of the graph. torch 2.11, 2.13."""
+    """``tensor.shape[0]`` of a node of the graph. torch 2.11, 2.13, 2.15."""
     size = tensor.meta["example_value"].shape[0]
     if isinstance(size, int):
         return ConstantVariable.create(size)
@@ -347,35 +356,35 @@ def size_of(tx: Any, tensor: torch.fx.Node) -> Any:
 
 
 def built(tx: Any, value: Any) -> Any:
-    """A variable of a Python object that is a constant to Dynamo. torch 2.11, 2.13."""
+    """A variable of a Python object that is a constant to Dynamo. torch 2.11, 2.13, 2.15."""
     return VariableTracker.build(tx, value)
 
 
 def compute(tx: Any, function: Any, *args: Any) -> Any:
-    """``function(*args)`` for a builtin function of variables and numbers. torch 2.11, 2.13."""
+    """``function(*args)`` for a builtin function of variables and numbers. torch 2.11, 2.13, 2.15."""
     given = [arg if isinstance(arg, VariableTracker) else ConstantVariable.create(arg) for arg in args]
     return VariableTracker.build(tx, function).call_function(tx, given, {})
 
 
 def element_count(variable: Any) -> Any:
-    """How many elements a computed tensor has; None for other variables. torch 2.11, 2.13."""
+    """How many elements a computed tensor has; None for other variables. torch 2.11, 2.13, 2.15."""
     if type(variable) is not TensorVariable or variable.source is not None:
         return None
     return variable.as_proxy().node.meta["example_value"].numel()
 
 
 def formatted(variable: Any) -> Any:
-    """``f"{variable}"``, as a string that is not known yet. torch 2.11, 2.13."""
-    return StringFormatVariable.create("{}", [variable], {})
+    """``f"{variable}"``, as a string that is not known yet. torch 2.11, 2.13, 2.15."""
+    return StringFormatVariable("{}", [variable], {})
 
 
 def is_format(variable: Any) -> bool:
-    """Whether a variable is a string that is not known yet. torch 2.11, 2.13."""
+    """Whether a variable is a string that is not known yet. torch 2.11, 2.13, 2.15."""
     return isinstance(variable, StringFormatVariable)
 
 
 def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], str] | None:
-    """A string that is made of an index, as a function of the index; None for others. torch 2.11, 2.13."""
+    """A string that is made of an index, as a function of the index; None for others. torch 2.11, 2.13, 2.15."""
     if not isinstance(variable, StringFormatVariable) or variable.sym_kwargs:
         return None
     form, parts = variable.format_string, list(variable.sym_args)
@@ -386,30 +395,30 @@ def names_of(variable: Any, is_index: Callable[[Any], bool]) -> Callable[[int], 
 
 
 def list_of(*items: Any) -> Any:
-    """``[*items]``. torch 2.11, 2.13."""
+    """``[*items]``. torch 2.11, 2.13, 2.15."""
     return ListVariable(list(items), mutation_type=ValueMutationNew())
 
 
 def has_unknown_length(variable: Any) -> bool:
-    """Whether only run time knows how many rows a tensor has. torch 2.11, 2.13."""
+    """Whether only run time knows how many rows a tensor has. torch 2.11, 2.13, 2.15."""
     node = variable.realize().as_proxy().node
     value = node.meta["example_value"]
     return bool(value.dim()) and bool(free_unbacked_symbols(value.shape[0]))
 
 
 def is_of_length(tensor: Any, positions: Any) -> bool:
-    """Whether a tensor has a row for each of some positions. torch 2.11, 2.13."""
+    """Whether a tensor has a row for each of some positions. torch 2.11, 2.13, 2.15."""
     rows, wanted = (v.realize().as_proxy().node.meta["example_value"].shape[0] for v in (tensor, positions))
     return bool(statically_known_true(rows == wanted))
 
 
 def length_of(argument: Any) -> Any:
-    """The size that an argument of a node is. torch 2.11, 2.13."""
+    """The size that an argument of a node is. torch 2.11, 2.13, 2.15."""
     return argument.meta["example_value"] if isinstance(argument, torch.fx.Node) else argument
 
 
 def is_older(variable: Any, mark: Any) -> bool:
-    """Whether a tensor lies in memory that was there before the node of ``mark``. torch 2.11, 2.13."""
+    """Whether a tensor lies in memory that was there before the node of ``mark``. torch 2.11, 2.13, 2.15."""
     node, begin = variable.as_proxy().node, mark.as_proxy().node
     before = True
     for other in begin.graph.nodes:
@@ -422,10 +431,10 @@ def is_older(variable: Any, mark: Any) -> bool:
 
 
 def exhaust(iterator: Any) -> None:
-    """Leave an iterator, and those that it goes over, as after their last item. torch 2.11, 2.13."""
+    """Leave an iterator, and those that it goes over, as after their last item. torch 2.11, 2.13, 2.15."""
     if isinstance(iterator, RangeIteratorVariable):
         iterator.start, iterator.len = iterator.start + iterator.step * iterator.len, 0
-    elif isinstance(iterator, ListIteratorVariable):
+    elif isinstance(iterator, _LIST_ITERATORS):
         iterator.index, iterator.is_exhausted = len(iterator.items), True
     elif isinstance(iterator, ZipVariable):
         for part in zipped(iterator) or []:
@@ -436,18 +445,21 @@ def exhaust(iterator: Any) -> None:
         over = enumerated(iterator)
         if over is not None and is_iterator(realized(over[0])):
             exhaust(realized(over[0]))
-        iterator.inline_tracer.generator_exhausted = True
+        if hasattr(iterator.inline_tracer, "frame_state"):  # 2.15
+            iterator.inline_tracer.frame_state = torch._dynamo.utils.FrameState.FRAME_CLEARED
+        else:
+            iterator.inline_tracer.generator_exhausted = True
     elif hasattr(iterator, "_iter"):
         iterator._iter = iter(())
 
 
 def is_iterator(variable: Any) -> bool:
-    """Whether a variable is an iterator: going over it changes it. torch 2.11, 2.13."""
+    """Whether a variable is an iterator: going over it changes it. torch 2.11, 2.13, 2.15."""
     return isinstance(variable, (IteratorVariable, LocalGeneratorObjectVariable))
 
 
 def is_of_template(variable: Any) -> bool:
-    """Whether a variable is a module or a parameter that is traced in the place of many. torch 2.11, 2.13."""
+    """Whether a variable is a module or a parameter that is traced in the place of many. torch 2.11, 2.13, 2.15."""
     variable = variable.realize() if isinstance(variable, VariableTracker) else None
     if getattr(variable, "moe_rewrite_stands_in", False):
         return True
@@ -464,6 +476,6 @@ TEMPLATE = "moe_rewrite_template"
 
 
 def any_share_memory(variables: list[Any]) -> bool:
-    """Whether two of some tensors lie in the same memory. torch 2.11, 2.13."""
+    """Whether two of some tensors lie in the same memory. torch 2.11, 2.13, 2.15."""
     nodes = [variable.as_proxy().node for variable in variables]
     return any(shares_memory(a, b) for a, b in itertools.combinations(nodes, 2))

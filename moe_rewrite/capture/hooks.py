@@ -35,9 +35,9 @@ def install() -> None:
     """Hook into Dynamo, once per process."""
     dynamo.wrap_method(dynamo.TensorVariable, dynamo.iteration_method(), _iterate_tensor)
     dynamo.wrap_method(dynamo.SymNodeVariable, "evaluate_expr", _evaluate_size)
-    dynamo.wrap_method(dynamo.TensorVariable, "method_tolist", _to_list)
-    dynamo.wrap_method(dynamo.TensorVariable, "method_numpy", _to_list)
-    dynamo.wrap_method(dynamo.TensorVariable, "method_item", _to_number)
+    dynamo.wrap_tensor_method("tolist", _to_list)
+    dynamo.wrap_tensor_method("numpy", _to_list)
+    dynamo.wrap_tensor_method("item", _to_number)
     dynamo.wrap_method(dynamo.TensorVariable, "call_method", _call_method)
     dynamo.wrap_method(dynamo.TorchInGraphFunctionVariable, "call_function", _call_torch)
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_OP", _binary_operator)
@@ -49,7 +49,7 @@ def install() -> None:
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
     dynamo.wrap_opcodes(lambda opcode: opcode in ("IS_OP", "CONTAINS_OP", "COMPARE_OP"), _compare)
     dynamo.wrap_method(dynamo.TensorVariable, "method_attr_requires_grad", _requires_grad)
-    dynamo.wrap_method(dynamo.TensorVariable, "var_getattr", _get_attribute)
+    dynamo.wrap_method(dynamo.TensorVariable, dynamo.ATTRIBUTE_METHOD, _get_attribute)
     dynamo.wrap_method(dynamo.ConstDictVariable, "call_method", _look_up)
     for name in ("call_id", "call_hash"):
         if hasattr(dynamo.BuiltinVariable, name):

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11 and 2.13
+from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11, 2.13 and 2.15
 
 from moe_rewrite import packing
 from moe_rewrite.capture import dynamo, dynamo_modules

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor  # seen to work in 2.11 and 2.13
+from torch._subclasses.fake_tensor import FakeTensor  # seen to work in 2.11, 2.13 and 2.15
 
 from moe_rewrite.errors import MoeRewriteError
 

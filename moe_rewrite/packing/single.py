@@ -6,7 +6,7 @@ import threading
 from collections.abc import MutableMapping, Sequence
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11 and 2.13
+from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11, 2.13 and 2.15
 
 REGISTERS = ("_parameters", "_buffers", "_modules")
 """Where a module looks for an attribute, in this order."""

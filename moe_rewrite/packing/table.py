@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily  # seen to work in 2.11 and 2.13
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # seen to work in 2.11, 2.13 and 2.15
 from torch.autograd.function import once_differentiable
 
 from moe_rewrite.errors import MoeRewriteError
@@ -149,7 +149,7 @@ def check_memory(tensors: dict[str, Tensor]) -> None:
         storage = _storage(tensor)
         if places.setdefault(storage, place) != place:
             raise NotAlike(f"{place} shares its memory with {places[storage]}")
-        # One use is the tensor's, one that of the Python object just made. Seen to work in 2.11 and 2.13.
+        # One use is the tensor's, one that of the Python object just made. Seen to work in 2.11, 2.13 and 2.15.
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2:
             suspects[storage] = place
     if suspects and _shared_with_others(suspects, tensors.values()):
@@ -181,7 +181,7 @@ def _is_held(tensor: Tensor, besides: list[Tensor]) -> bool:
 def _storage(tensor: Tensor) -> int:
     """The identity of a tensor's storage; 0 where it has none."""
     try:
-        with torch._C.DisableTorchFunctionSubclass():  # seen to work in 2.11 and 2.13
+        with torch._C.DisableTorchFunctionSubclass():  # seen to work in 2.11, 2.13 and 2.15
             return int(tensor.untyped_storage()._cdata)
     except Exception:  # of all tensors that there are: sparse ones, lazy ones, subclasses with opinions
         return 0
