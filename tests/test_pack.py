@@ -8,6 +8,7 @@ import gc
 import io
 import logging
 import pickle
+import sys
 import threading
 import types
 import weakref
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.packing import NotAlike, Pack, pack
@@ -57,6 +59,39 @@ NAMES = {"gain", "offset", "calls", "w1.weight", "w2.weight", "w2.bias"}
 def make(cls: Callable[[], nn.Module] = Expert, num_experts: int = E) -> nn.ModuleList:
     torch.manual_seed(0)
     return nn.ModuleList(cls() for _ in range(num_experts))
+
+
+def test_experts_that_are_collected_while_something_is_traced(few_objects: None) -> None:
+    """What is traced does not see it. When they are collected is up to Python."""
+    experts = make()
+    holder = [experts]
+    packed = pack(experts)
+    del experts
+
+    def traced(x: Tensor) -> Tensor:
+        if holder:
+            holder.clear()
+            gc.collect()
+        return x + 1
+
+    graph = make_fx(traced, tracing_mode="fake")(torch.ones(2)).graph
+    assert packed.released
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def test_unreal_experts_that_are_collected_in_another_fake_mode(
+    few_objects: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    with FakeTensorMode():
+        experts = make()
+        packed = pack(experts)
+    with FakeTensorMode():
+        del experts
+        gc.collect()
+    assert packed.released
+    assert not raised
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from moe_rewrite.packing.alike import (
     tensor_attributes,
 )
 from moe_rewrite.packing.structure import Structure, TableSpec
-from moe_rewrite.packing.table import Table, check_memory, ordinary_tensors
+from moe_rewrite.packing.table import Table, check_memory, let_go_of, ordinary_tensors
 from moe_rewrite.packing.watch import ModulesWatch, TensorsWatch
 
 log = logging.getLogger("moe_rewrite")
@@ -239,12 +239,10 @@ class Pack:
     def _give_up(self) -> None:
         self.released = True
         self._modules_watch = self._tensors_watch = None
-        with ordinary_tensors(self._unreal):  # a module may be collected while something is traced
-            for table in self._tables.values():
-                table.give_up()
-            for template in self._templates:
-                for tensor in (*template.parameters(), *template.buffers()):
-                    tensor.data = tensor.detach().new_empty(0)
+        for table in self._tables.values():
+            table.give_up()
+        if not self._unreal:
+            let_go_of(tensor for one in self._templates for tensor in (*one.parameters(), *one.buffers()))
 
 
 def _gone(pack: weakref.ref[Pack], _: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # seen to work in 2.11, 2.13 and 2.15
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes  # seen to work in 2.11, 2.13 and 2.15
 
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.packing.alike import NotAlike, is_unreal
@@ -99,9 +100,7 @@ class Table:
         self.release()
         self.released = True
         self.members = ()
-        with ordinary_tensors(self._unreal):
-            for tensor in (self._tensor, *self._leaves.values()):
-                tensor.data = tensor.detach().new_empty(0)
+        let_go_of(() if self._unreal else (self._tensor, *self._leaves.values()))
 
 
 class _Read(torch.autograd.Function):
@@ -203,6 +202,16 @@ def _become(member: Tensor, row: Tensor) -> None:
             torch.utils.swap_tensors(member, row)
             return
     member.data = row
+
+
+def let_go_of(tensors: Iterable[Tensor]) -> None:
+    """Let go of the memory of tensors that are no longer used.
+
+    An expert may be collected at any time, also while this thread traces something: no mode may see what is done here.
+    """
+    with _disable_current_modes(), ordinary_tensors():
+        for tensor in tensors:
+            tensor.data = tensor.detach().new_empty(0)
 
 
 @contextlib.contextmanager
