@@ -252,7 +252,7 @@ def describe_kernels(given: argparse.Namespace) -> None:
         x = torch.empty(given.tokens, given.hidden, device="cuda", dtype=dtype)
         up = torch.empty(given.num_experts, 2 * given.intermediate, given.hidden, device="cuda", dtype=dtype)
         key = torch.empty(given.tokens * given.top_k, device="cuda", dtype=torch.int64)
-        order, offsets = launch.sort(key, given.num_experts, seen=False)
+        order, _, offsets = launch.sort(key, given.num_experts, seen=False)
         gate_up = list(up.transpose(1, 2).split(given.intermediate, 2))
         sizes = (given.tokens * given.top_k, given.tokens, given.top_k)
         for dispatch in ((order, offsets, None), (None, None, key)):

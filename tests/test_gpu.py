@@ -18,6 +18,7 @@ from moe_rewrite.benchmark.points import Experts
 from moe_rewrite.benchmark.shapes import SHAPES, ExpertsInputs
 from moe_rewrite.benchmark.variants import Variant
 from moe_rewrite.lower import grouped_product as grouped
+from moe_rewrite.lower import launch
 from moe_rewrite.lower.rows_mm import DTYPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -247,6 +248,24 @@ def test_replay_of_the_benchmark(backward):
     for given in (*inputs, inputs[0]):
         assert replay.time() > 0
         torch.testing.assert_close(replay.results, experts.call(run, given))
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "triton"])
+@pytest.mark.parametrize("ids", ["topk", "given"])
+@pytest.mark.parametrize(
+    ("dtype", "compiler"),
+    [
+        ("bf16", "inductor default"),
+        ("bf16", "inductor reduce-overhead"),
+        ("fp16", "inductor default"),
+        ("fp32", "aot_eager default"),
+    ],
+)
+def test_many_rows(monkeypatch, experts, ids, dtype, compiler):
+    """150 an expert, which are read by descriptors in 16 bits."""
+    monkeypatch.setitem(modes.TOKENS, "static", (600,))
+    monkeypatch.setattr(launch, "MUCH_WORK", 0)
+    modes.check(case(experts, dtype, "aligned", ids, compiler=compiler), "cuda")
 
 
 @pytest.mark.parametrize("given", modes.cases("cuda"), ids=str)

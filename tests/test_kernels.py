@@ -39,8 +39,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import moe_rewrite
-from moe_rewrite.lower import kernels, rows_mm, tiles
 from moe_rewrite.lower import launch as launches
+from moe_rewrite.lower import rows_mm, tiles
+from moe_rewrite.lower.kernels import steps
 
 triton = pytest.importorskip("triton", reason="torch for the CPU comes without triton")
 
@@ -202,7 +203,7 @@ def test_lists_that_are_not_contiguous(poisoned):
     for column in (ids[:, 0], ids[1:2, 1].expand(5)):
         expected = each(rows, weight, column).float()
         assert_close(rows_mm.rows_mm(rows, [weight], [], experts=column), expected)
-        order, offsets = rows_mm.sort_by_expert(column, groups)
+        order, _, offsets = rows_mm.sort_by_expert(column, groups)
         assert_close(rows_mm.rows_mm(rows, [weight], [], order=order, offsets=offsets), expected)
         strided = {"order": torch.stack([order, order], 1)[:, 0], "offsets": torch.stack([offsets] * 2, 1)[:, 1]}
         assert_close(rows_mm.rows_mm(rows, [weight], [], **strided), expected)
@@ -339,7 +340,7 @@ def test_no_gradient_is_said(what):
 @pytest.mark.parametrize("gather", [None, GATHERS["[T, K]"]], ids=["each its own", "gathered"])
 def test_operator(requires_grad, gather):
     pairs, own, after = gather or (10, 0, 1)
-    order, offsets = rows_mm.sort_by_expert(ids_of(pairs, low=-1, high=4), 3)
+    order, _, offsets = rows_mm.sort_by_expert(ids_of(pairs, low=-1, high=4), 3)
     rows, weight, bias = (
         tensor.requires_grad_(requires_grad) for tensor in (drawn(own or pairs, 4), drawn(3, 4, 5), drawn(3, 5))
     )
@@ -351,9 +352,11 @@ def test_operator(requires_grad, gather):
 @needs_interpreter
 def test_operators_without_gradient():
     ids, grad = ids_of(10, low=-1, high=4), drawn(10, 5)
-    order, offsets = rows_mm.sort_by_expert(ids, 3)
+    order, _, offsets = rows_mm.sort_by_expert(ids, 3)
     torch.library.opcheck(torch.ops.moe_rewrite.sort_by_expert.default, (ids, 3))
-    torch.library.opcheck(torch.ops.moe_rewrite.rows_outer.default, (drawn(5, 4), grad, order, offsets, 5, 2, False))
+    for along_inner in (False, True):
+        given = drawn(5, 4), grad, order, offsets, 5, 2, along_inner, False
+        torch.library.opcheck(torch.ops.moe_rewrite.rows_outer.default, given)
 
 
 # --- rows_outer -------------------------------------------------------------------------------------------------------
@@ -413,10 +416,13 @@ def test_sort_by_expert(poisoned, monkeypatch, pairs, groups, dtype, is_counted_
     if dtype is torch.int64:
         ids[::7], ids[3::11] = 2**40, -(2**40)
     ids = ids.to(dtype)
-    order, offsets = rows_mm.sort_by_expert(ids, groups)
+    order, inverse, offsets = rows_mm.sort_by_expert(ids, groups)
     key = torch.where((ids >= 0) & (ids < groups), ids, groups).to(torch.int64)
     assert order.dtype is offsets.dtype is torch.int32
     assert torch.equal(order.long(), torch.sort(key, stable=True).indices)
+    assert inverse.dtype is torch.int32 and torch.equal(
+        inverse[order.long()].long(), torch.arange(pairs, device=DEVICE)
+    )
     assert torch.equal(offsets.long(), key.bincount(minlength=groups + 1)[:groups].cumsum(0))
 
 
@@ -516,15 +522,15 @@ def test_constants(number):
 
 def test_values_are_told_from_numbers():
     program = "add v0 v12;mul v1 -1e-05;clamp_max v13 inf;silu v3"
-    told = [[kernels._is_value(program, step, 1), kernels._is_binary(program, step)] for step in range(4)]
+    told = [[steps._is_value(program, step, 1), steps._is_binary(program, step)] for step in range(4)]
     assert [[bool(one) for one in two] for two in told] == [[True, True], [True, True], [True, True], [True, False]]
-    assert kernels._index(program, 0, 2) == 12
-    assert not kernels._is_value(program, 1, 2)
-    assert kernels._constant(program, 1, 2) == -1e-05
-    assert not kernels._is_value(program, 2, 2)
-    assert kernels._constant(program, 2, 2) == math.inf
-    assert kernels._length(program) == 4
-    assert kernels._length("") == 0
+    assert steps._index(program, 0, 2) == 12
+    assert not steps._is_value(program, 1, 2)
+    assert steps._constant(program, 1, 2) == -1e-05
+    assert not steps._is_value(program, 2, 2)
+    assert steps._constant(program, 2, 2) == math.inf
+    assert steps._length(program) == 4
+    assert steps._length("") == 0
 
 
 # --- compiled without a GPU -------------------------------------------------------------------------------------------
@@ -539,16 +545,18 @@ from moe_rewrite.lower import launch as launches
 
 def compiled(capability, name, dtype, constants, pointers, options):
     kernel = getattr(kernels, name)
-    whole = {"*" + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]: pointers[0], "*i32": pointers[1]}
-    types = {one: kind for kind, names in whole.items() for one in names.split()}
+    kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    types = {one: own for own, names in (("*" + kind, pointers[0]), ("*i32", pointers[1])) for one in names.split()}
     types |= {one: "*i64" for one in pointers[2].split()}
+    types |= {one: f"tensordesc<{kind}{block}>" for one, block in (pointers[3:] or [{}])[0].items()}
     signature, attributes, given = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument], given[(place,)] = "constexpr", constants[argument]
         else:
             signature[argument] = types.get(argument, "i32")
-            if argument in types or argument in ("inner", "columns") or argument[-2:] in ("_e", "_m", "_k", "_n"):
+            is_size = argument in ("inner", "columns") or argument[-2:] in ("_e", "_m", "_k", "_n")
+            if is_size or signature[argument][0] == "*":
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=given, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -596,13 +604,21 @@ GPT_OSS_ALONG_N = dataclasses.replace(GPT_OSS_UP, contiguous="n")
 ROWS = ("rows weight second_weight vector second_vector result", "order offsets", "")
 
 
-def _multiply(shape: Shape, tokens: int, dtype: str, wide: bool = True) -> list[tuple[Any, ...]]:
+def _multiply(
+    shape: Shape, tokens: int, dtype: str, wide: bool = True, described: bool = False
+) -> list[tuple[Any, ...]]:
     kind = getattr(torch, dtype)
     found = tiles.of_products(
         tokens * shape.top_k, shape.experts, shape.inner, shape.columns, shape.products, kind, wide
     )
     more = {"GROUPS": tiles.power(shape.experts + 1), "HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False}
-    return [("multiply", dtype, *_launch(shape, {**more, "TILES_TOGETHER": 8}, tile), ROWS) for tile in found]
+    more |= {"TILES_TOGETHER": 8, "HALVES": True, "DESCRIBED": described}
+    if not described:
+        return [("multiply", dtype, *_launch(shape, more, tile), ROWS) for tile in found]
+    blocks = dict(found[0].blocks)
+    block = [1, blocks["BLOCK_N"] * (2 if shape.interleaved else 1), blocks["BLOCK_K"]]
+    pointers = "rows vector second_vector result", *ROWS[1:], dict.fromkeys(("weight", "second_weight"), block)
+    return [("multiply", dtype, *_launch(shape, more, found[0]), pointers)]
 
 
 def _each(shape: Shape, dtype: str) -> list[tuple[Any, ...]]:
@@ -629,17 +645,23 @@ def _with_tile(constants: dict[str, Any], tile: tiles.Tile) -> tuple[dict[str, A
     return {**constants, **dict(tile.blocks)}, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _outer(shape: Shape, dtype: str, wide: bool = True) -> list[tuple[Any, ...]]:
-    constants = {"HAS_ORDER": True, "PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
-    found = tiles.of_gradients(shape.inner, shape.columns, getattr(torch, dtype), wide)
-    pointers = ("rows grad result", "order offsets", "")
+def _outer(shape: Shape, dtype: str, wide: bool = True, described: bool = False) -> list[tuple[Any, ...]]:
+    constants = {"HAS_ORDER": not described, "PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
+    constants |= {"DESCRIBED": described, "result_k" if described else "result_n": 1}
+    found = tiles.of_gradients(shape.inner, shape.columns, getattr(torch, dtype), wide, described)
+    pointers: tuple[Any, ...] = ("rows grad described_rows described_grad result", "order offsets", "")
+    if described:
+        sides = {"described_rows": "BLOCK_K", "described_grad": "BLOCK_N"}
+        blocks = dict(found[0].blocks)
+        block = {name: [blocks["BLOCK_M"], blocks[side]] for name, side in sides.items()}
+        pointers = ("rows grad result", "order offsets", "", block)
     return [("outer", dtype, *_with_tile(constants, tile), pointers) for tile in found]
 
 
 def _sort(pairs: int, groups: int) -> list[tuple[Any, ...]]:
     many, bins = pairs > launches.FEW, tiles.power(groups + 2)
     constants = {**tiles.of_sort(pairs, bins, many), "GROUPS": bins, "HAS_COUNTS": many}
-    return [("sort", "bfloat16", constants, {}, ("", "counts order offsets", "experts"))]
+    return [("sort", "bfloat16", constants, {}, ("", "counts order inverse offsets", "experts"))]
 
 
 def _count(pairs: int, groups: int) -> list[tuple[Any, ...]]:
@@ -660,12 +682,16 @@ COMPILED = {
     "interleaved": (_multiply(GPT_OSS_UP, 4096, "bfloat16"), (90, 100)),
     "interleaved along N": (_multiply(GPT_OSS_ALONG_N, 4096, "bfloat16"), (90,)),
     "interleaved, narrow": (_multiply(GPT_OSS_UP, 4096, "bfloat16", wide=False), (80, 89)),
+    "described": (_multiply(QWEN_UP, 4096, "bfloat16", described=True), (90, 100)),
+    "described, one product": (_multiply(QWEN_DOWN, 4096, "float16", described=True), (90, 100)),
+    "described, interleaved": (_multiply(GPT_OSS_UP, 4096, "bfloat16", described=True), (90,)),
     "float32": (_multiply(QWEN_UP, 4096, "float32"), (80, 90)),
     "one by one": (_each(QWEN_UP, "bfloat16"), (80, 90)),
     "one by one, one product": (_each(QWEN_DOWN, "bfloat16"), (80, 90)),
     "one by one, interleaved": (_each(GPT_OSS_UP, "bfloat16"), (90,)),
     "one by one, along columns": (_each(GPT_OSS_ALONG_N, "bfloat16"), (90,)),
     "gradient of the weight": (_outer(QWEN_DOWN, "bfloat16"), (90, 100)),
+    "gradient of the weight, described": (_outer(QWEN_DOWN, "bfloat16", described=True), (90, 100)),
     "gradient of the weight, narrow": (_outer(QWEN_DOWN, "bfloat16", wide=False), (80, 89)),
     "gradient of the weight in float32": (_outer(QWEN_DOWN, "float32"), (90,)),
     "sort": (_sort(4096 * 4, 60), (80, 90)),
@@ -674,7 +700,11 @@ COMPILED = {
     "count": (_count(4096 * 4, 60), (90,)),
 }
 TUNED = ("few tokens", "some tokens", "many tokens", "gradient of the weight")
-SPILLS = {"interleaved": 288, "interleaved along N": 32}
+SPILLS = {
+    "interleaved": 288,
+    "interleaved along N": 32,
+    "described, interleaved": 16,
+}
 """Bytes of registers that are put away: the long epilogue of the widest tile has too many values at a time. It is
 triton 3.9 that puts away so many, for SM100; 3.6 and 3.7 put away 224."""
 

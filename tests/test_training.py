@@ -512,3 +512,30 @@ def test_loss_curve_on_cuda(make: Callable[[], nn.Module], one_cuda_device: torc
     for call in (compiled(model, "grouped_mm", "inductor"), eager):
         loss_of(call, ids).backward()
     assert_same_gradients(model, eager)
+
+
+@pytest.mark.parametrize("experts", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("inner", ["eager"])  # what AOTAutograd compiles has no second gradients, in stock torch too
+def test_second_gradients(experts, inner):
+    """Gradients of gradients, of rows, experts' weights and routing weights."""
+
+    def loop(x: Tensor, ids: Tensor, weight: Tensor, routing: Tensor) -> Tensor:
+        out = torch.zeros(x.shape, dtype=x.dtype)
+        for expert in range(4):
+            token, slot = torch.where(ids == expert)
+            out.index_add_(0, token, torch.tanh(x[token] @ weight[expert]) * routing[token, slot, None])
+        return out
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(6, 5, generator=generator).argsort(1)[:, :2]  # 4 is no expert
+    shapes = ((6, 3), (4, 3, 3), (6, 2))
+    leaves = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+    def second(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = run(leaves[0], ids, *leaves[1:])
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(one.square().sum() for one in first), leaves)
+
+    torch._dynamo.reset()
+    run = torch.compile(loop, backend="moe_rewrite", fullgraph=True, options={"inner": inner, "experts": experts})
+    torch.testing.assert_close(second(run), second(loop), rtol=1e-4, atol=1e-4)

@@ -245,3 +245,80 @@ def sums(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         slot, token = torch.where(m.mask(ids)[expert])
         out.index_add_(0, token, (x[token] @ m.weight[expert]).sum(-1, keepdim=True).expand(-1, HIDDEN))
     return out
+
+
+class OfNoExpert(nn.Module):
+    """Two products one after the other, the first with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.full((2, 4, 4), math.nan)) for _ in range(2))
+        self.bias = nn.Parameter(torch.full((2, 4), math.nan))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(2):
+            token = torch.where(ids == expert)[0]
+            rows = nn.functional.linear(x[token], self.first[expert], self.bias[expert]) @ self.second[expert]
+            out.index_add_(0, token, rows)
+        return out
+
+
+@pytest.mark.parametrize("experts", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_weights_that_nobody_uses(experts, inner):
+    """All pairs are of no expert: whatever the weights are, all gradients are zeros."""
+    torch._dynamo.reset()
+    module = OfNoExpert()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    out = compiled(module, experts, inner)(x, torch.tensor([2, -1, 2]))
+    out.sum().backward()
+    assert not out.any()
+    for leaf in (x, *module.parameters()):
+        assert not leaf.grad.any()
+
+
+# --- tokens whose experts are all elsewhere ---------------------------------------------------------------------------
+
+
+class Elsewhere(nn.Module):
+    """Experts that weigh a token's row before the product, or the result after it."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 4, 4, generator=generator, dtype=torch.float64))
+        self.before = before
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(2):
+            token, slot = torch.where(ids == expert)
+            rows = x[token]
+            rows = rows * weights[token, slot, None] if self.before else rows
+            rows = torch.tanh(rows @ self.weight[expert])
+            out.index_add_(0, token, rows if self.before else rows * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("experts", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("before", [False, True], ids=["weighed after", "weighed before"])
+@pytest.mark.parametrize("bad", [0, 1, 2, 3], ids="token {} is NaN".format)
+@pytest.mark.parametrize("ids", [[1, 0, 2, 1], [2, 1, 0, 2], [0, 2, -1, 1]], ids=str)
+def test_nothing_of_one_token_gets_into_the_gradient_of_another(experts, before, bad, ids):
+    """A pair of no expert is given the row, the expert and the weight of one and the same pair."""
+
+    def gradients(run: object, module: nn.Module) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+        x[bad] = math.nan
+        leaves = [x.requires_grad_(), torch.rand(4, 1, generator=generator, dtype=torch.float64).requires_grad_()]
+        out = run(leaves[0], torch.tensor(ids)[:, None], leaves[1])
+        weighted = out * torch.linspace(1, 2, out.numel(), dtype=torch.float64).view_as(out)
+        return [out, *torch.autograd.grad(weighted.sum(), [*leaves, *module.parameters()])]
+
+    torch._dynamo.reset()
+    module = Elsewhere(before)
+    wanted = gradients(module, module)
+    result = gradients(compiled(module, experts), module)
+    torch.testing.assert_close(result, wanted, equal_nan=True)

@@ -43,9 +43,9 @@ def pick(loop: ExpertsLoop, needs_grad: bool) -> tuple[str, str]:
 def _is_heavy(loop: ExpertsLoop, pairs: int) -> bool:
     """Whether the products outweigh what ``grouped_mm`` does besides, sorting and permuting rows.
 
-    Then its bf16 kernel, which loads by TMA, is faster than ours: by 15 % in the shape of Mixtral-8x7B (1.5 times 14336
-    multiplications for each number permuted) at 1024 and 4096 rows an expert, not at 128; not in those of GPT-OSS-20B
-    (1.5 times 2880) and narrower ones.
+    Then its bf16 kernel is faster than ours: by 3 to 5 % in the shape of Mixtral-8x7B (1.5 times 14336 multiplications
+    for each number permuted) at 1024 and 4096 rows an expert, not at 128; not in those of GPT-OSS-20B (1.5 times 2880)
+    and narrower ones.
     """
     weights = [step.args[1].example for step in loop.matmuls()]
     if any(weight.dtype is not torch.bfloat16 for weight in weights) or pairs < HEAVY_ROWS * loop.num_experts:

@@ -15,6 +15,8 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     multiply = multiply_and_sum if lifted.fuses else gather_and_multiply
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return multiply(rows, weight, pairs.expert, bias)
+        result = multiply(rows, weight, pairs.expert, bias)
+        # Where no pair counts, the weights are those of an expert that eager does not touch: they may be NaN.
+        return pairs.harmless_rows(result) if lifted.needs_grad else result
 
     lifted.run(pairs, product, with_bias=product)

@@ -72,7 +72,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_weight or needs_bias:
         order, _, offsets = sort_by_expert(expert, weight.shape[0])
         grad = grad[order]
-        grad_weight = grouped_outer(rows[order], grad, offsets) if needs_weight else None
+        along_inner = weight.stride(1) == 1
+        grad_weight = grouped_outer(rows[order], grad, offsets, along_inner) if needs_weight else None
         grad_bias = grouped_sum(grad, offsets) if needs_bias else None
     return grad_rows, grad_weight, None, grad_bias
 

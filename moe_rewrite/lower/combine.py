@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.loop import Combine, ExpertsLoop, Kind, MaskDispatch, TopKDispatch, Write
+from moe_rewrite.lower.adjoints import slot_sum
 from moe_rewrite.lower.pairs import Pairs, last_of_slots
 
 
@@ -42,7 +43,7 @@ def combine(
     if how.write is Write.ADD_LAST:
         rows = _last(loop, how, rows, pairs)
     by_slot, slots = _by_slot(how, rows, pairs)
-    total = by_slot.sum(slots) if slots else by_slot
+    total = (slot_sum(by_slot, slots[0]) if len(slots) == 1 else by_slot.sum(slots)) if slots else by_slot
     accumulator.add_(total if len(how.index) == 1 else total.reshape(accumulator.shape))
 
 

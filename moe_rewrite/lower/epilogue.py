@@ -54,7 +54,7 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """An elementwise operator of ``kernels.py`` on columns and numbers."""
+    """An elementwise operator of ``lower/kernels`` on columns and numbers."""
 
     operator: str
     operands: tuple[Columns | Apply | float, ...]
@@ -82,7 +82,7 @@ class Stage:
         rows: the rows that are multiplied.
         products: what of the weights they are multiplied with.
         vectors: what of the vectors of the expert the epilogue uses.
-        epilogue: the program, see ``kernels.py``.
+        epilogue: the program, see ``lower/kernels``.
     """
 
     result: Value

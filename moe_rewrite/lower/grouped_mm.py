@@ -11,7 +11,7 @@ from moe_rewrite.lower.lift import Lifted
 
 def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     """Lower ``loop`` to grouped products over the pairs, sorted by expert."""
-    pairs = lifted.pairs().sorted_by_expert(loop.num_experts)
+    pairs = lifted.pairs().sorted_by_expert(loop.num_experts, lifted.needs_grad)
     offsets = pairs.offsets
     assert offsets is not None
 

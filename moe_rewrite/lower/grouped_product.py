@@ -1,4 +1,7 @@
-"""The grouped product ``rows of expert e @ weight[e]``: torch's kernel where it can be compiled, else one of ours."""
+"""The grouped product ``rows of expert e @ weight[e]``: torch's kernel or one of ours.
+
+Torch's where it can be compiled, but where ours was seen to be the faster one; else ours where there is a GPU for it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from moe_rewrite.lower.launch import available
+from moe_rewrite.lower.launch import MAX_HALVED_ROWS, available, describes
 from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, rows_mm, rows_outer
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
@@ -34,7 +37,7 @@ def grouped_product(
     Returns:
         ``[P, N]``. Rows past the last offset hold anything.
     """
-    if bias is None and _has_kernel(rows, weight):  # the kernel takes no bias
+    if bias is None and _has_kernel(rows, weight) and not _is_faster_with_ours(rows, weight):  # it takes no bias
         result = torch.nn.functional.grouped_mm(rows.contiguous(), weight, offs=offsets)
         # A slice of everything: its gradient is a copy. The kernel takes no gradient that is expanded or strided.
         return torch.ops.aten.slice.Tensor(result, 1, 0, sys.maxsize)
@@ -44,19 +47,22 @@ def grouped_product(
     return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets, bias)
 
 
-def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor, along_inner: bool = False) -> Tensor:
     """For each group, its rows transposed times their gradient, added in float32 where the dtype is lower.
 
     Args:
         rows: ``[P, K]``, sorted by group.
         grad: ``[P, N]``, in the dtype of ``rows``.
         offsets: where each group ends, ``[E]`` int32.
+        along_inner: see :func:`rows_mm.rows_outer`.
 
     Returns:
         ``[E, K, N]``, zero for a group without rows. Rows past the last offset count for nothing.
     """
     if _has_kernel_of_ours(rows):
-        return rows_outer(rows, grad, offsets)
+        return rows_outer(rows, grad, offsets, along_inner=along_inner)
+    if along_inner:
+        return torch.ops.moe_rewrite.grouped_outer(grad, rows, offsets).transpose(1, 2)
     return torch.ops.moe_rewrite.grouped_outer(rows, grad, offsets)
 
 
@@ -92,6 +98,14 @@ def _device_has_kernel(device: torch.device) -> bool:
         return False
     major, _ = torch.cuda.get_device_capability(device)
     return major in (9, 10)
+
+
+def _is_faster_with_ours(rows: Tensor, weight: Tensor) -> bool:
+    """Whether our kernel is the faster one of the two that there are: on an H200, and not for very many rows."""
+    pairs = rows.shape[0]
+    if not describes([weight], pairs) or not _has_kernel_of_ours(rows):
+        return False
+    return torch.cuda.get_device_capability(rows.device)[0] == 9 and bool(pairs <= MAX_HALVED_ROWS * weight.shape[0])
 
 
 def _has_kernel_of_ours(rows: Tensor) -> bool:
@@ -143,9 +157,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
     ops = torch.ops.moe_rewrite
     grad_rows = ops.grouped_mm(grad, weight.transpose(1, 2), offsets, None) if needs_rows else None
-    grad_weight = ops.grouped_outer(rows, grad, offsets) if needs_weight else None
+    # In the layout of the weight: else autograd copies it where it is kept.
+    grad_weight = grouped_outer(rows, grad, offsets, weight.stride(1) == 1) if needs_weight else None
     grad_bias = grouped_sum(grad, offsets) if needs_bias else None
     return grad_rows, grad_weight, None, grad_bias
 
 
+def _outer_backward(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, ...]:
+    rows, grad, offsets = ctx.saved_tensors
+    ops = torch.ops.moe_rewrite
+    of_rows = ops.grouped_mm(grad, of_weight.transpose(1, 2), offsets, None) if ctx.needs_input_grad[0] else None
+    of_grad = ops.grouped_mm(rows, of_weight, offsets, None) if ctx.needs_input_grad[1] else None
+    return of_rows, of_grad, None
+
+
+torch.library.register_autograd("moe_rewrite::grouped_outer", _outer_backward, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd("moe_rewrite::grouped_mm", _backward, setup_context=_save, lib=_LIBRARY)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.lower import kernels
+from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, can_be_described, describe, is_aligned
 from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_products, of_single_rows, of_sort, power
 
 try:
@@ -21,6 +22,12 @@ except ImportError:  # torch for the CPU comes without it
 HAS_TRITON = triton is not None
 FEW = 2048
 """Up to how many pairs one launch sorts them."""
+MANY_ROWS = 49
+"""From how many rows an expert on operands are read by descriptors, where they can be: tiles have 128 rows there."""
+MUCH_WORK = 4 * 10**10
+"""From how many multiplications on: some 130 us on an H200. A launch in an operator takes some 300 us of the host."""
+MAX_HALVED_ROWS = 511
+"""Up to how many rows an expert its last ones are multiplied as half a tile: it costs the other tiles some 4 %."""
 
 
 def available(device: torch.device) -> bool:
@@ -35,7 +42,36 @@ def interpreted() -> bool:
     return triton is not None and not isinstance(kernels.multiply, triton.JITFunction)
 
 
-def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor]:
+def describes(weights: list[Tensor], rows: Any) -> bool:
+    """Whether products of ``rows`` rows with weights ``[E, K, N]`` read these by descriptors.
+
+    That is 4 to 10 % faster on an H200 for weights that are contiguous along K, and no faster for others
+    (docs/performance.md). The numbers may be symbols: then it is false.
+    """
+    groups, inner, _ = weights[0].shape
+    columns = sum(weight.shape[2] for weight in weights)
+    if not _is_much_work(groups, rows, inner, columns, weights[0].dtype, weights[0].device):
+        return False
+    return all(weight.stride(1) == 1 and can_be_described(weight) for weight in weights)
+
+
+def describes_gradients(
+    groups: int, rows: Any, inner: Any, columns: Any, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a gradient of weights ``[groups, inner, columns]`` is computed from sorted copies, by descriptors."""
+    if not _is_much_work(groups, rows, inner, columns, dtype, device):
+        return False
+    return bool(inner % 8 == 0 and columns % 8 == 0)
+
+
+def _is_much_work(groups: int, rows: Any, inner: Any, columns: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    if not HAS_DESCRIPTORS or not all(isinstance(size, int) for size in (rows, inner, columns)) or dtype.itemsize != 2:
+        return False
+    is_much = rows >= MANY_ROWS * groups and rows * inner * columns >= MUCH_WORK
+    return bool(is_much) and _multiplies_wide(device)
+
+
+def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`rows_mm.sort_by_expert`.
 
     Args:
@@ -44,9 +80,9 @@ def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor]:
         seen: whether compilers are to see the kernels, by ``torch.library.wrap_triton``.
     """
     pairs = experts.shape[0]
-    order = experts.new_empty(pairs, dtype=torch.int32)
+    order, inverse = (experts.new_empty(pairs, dtype=torch.int32) for _ in range(2))
     if pairs == 0:
-        return order, experts.new_zeros(groups, dtype=torch.int32)
+        return order, inverse, experts.new_zeros(groups, dtype=torch.int32)
     offsets = experts.new_empty(groups, dtype=torch.int32)
     experts = experts.contiguous()
     bins, counts, has_counts = power(groups + 2), offsets, pairs > FEW
@@ -57,9 +93,9 @@ def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor]:
         if has_counts:
             counts = experts.new_empty(blocks, bins, dtype=torch.int32)
             _kernel(kernels.count, seen)[(blocks,)](experts, counts, pairs, groups, BLOCK=size, GROUPS=bins)
-        args = experts, counts, order, offsets, pairs, groups, blocks
+        args = experts, counts, order, inverse, offsets, pairs, groups, blocks
         _kernel(kernels.sort, seen)[(blocks,)](*args, **blocked, GROUPS=bins, HAS_COUNTS=has_counts)
-    return order, offsets
+    return order, inverse, offsets
 
 
 def multiply(
@@ -122,8 +158,15 @@ def multiply(
             tiles_m = min(pairs, triton.cdiv(pairs, meta["BLOCK_M"]) + groups + 1)
             return (tiles_m * triton.cdiv(columns, meta["BLOCK_N"]),)
 
-        constants |= {"TILES_TOGETHER": 8, "GROUPS": power(groups + 1), **_how_to_multiply(rows, order)}
+        halves = pairs <= MAX_HALVED_ROWS * groups
+        constants |= {"TILES_TOGETHER": 8, "HALVES": halves, "GROUPS": power(groups + 1)}
+        constants |= _how_to_multiply(rows, order)
         by = told if order is None else order.contiguous()
+        constants["DESCRIBED"] = not seen and describes(weights, pairs) and all(map(is_aligned, weights))
+        if constants["DESCRIBED"]:
+            blocks = dict(tiles[0].blocks)
+            width = blocks["BLOCK_N"] * (2 if interleaved else 1)
+            both = [describe(weight, 1, blocks["BLOCK_K"], width) for weight in [*weights, *weights][:2]]
         args = rows, by, told, *both, *added, result, pairs, *sizes, *strides
         _launch(kernels.multiply, tiles, grid, args, constants, max_autotune, seen)
     return result
@@ -136,32 +179,67 @@ def outer(
     offsets: Tensor,
     own: int,
     after: int,
+    along_inner: bool,
     max_autotune: bool,
     *,
     seen: bool,
 ) -> Tensor:
     """See :func:`rows_mm.rows_outer`; ``own`` is 0 where each pair has its own row."""
-    inner, columns, groups = rows.shape[1], grad.shape[1], offsets.shape[0]
-    result = rows.new_empty(groups, inner, columns)
+    result = empty_gradient(rows, grad, offsets, along_inner)
+    groups, inner, columns = result.shape
     if result.numel() == 0:
         return result
-    tiles = of_gradients(inner, columns, rows.dtype, _multiplies_wide(rows.device))
+    described = not seen and describes_gradients(groups, grad.shape[0], inner, columns, rows.dtype, rows.device)
+    if described:
+        rows, grad = _sorted(rows, grad.shape[0], order, own, after), _sorted(grad, grad.shape[0], order, 0, 1)
+        order, own, after = None, 0, 1
+    tiles = of_gradients(inner, columns, rows.dtype, _multiplies_wide(rows.device), described)
 
-    def grid(meta: Any) -> tuple[int, int]:
-        return groups * triton.cdiv(inner, meta["BLOCK_K"]), triton.cdiv(columns, meta["BLOCK_N"])
+    def grid(meta: Any) -> tuple[int]:
+        return (groups * triton.cdiv(inner, meta["BLOCK_K"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
 
     offsets = offsets.contiguous()
     with _on(rows):
         by = offsets if order is None else order.contiguous()
         sizes = inner, columns, own or max(1, grad.shape[0]), after
-        args = rows, grad, by, offsets, result, *sizes, *rows.stride(), *grad.stride()
-        _launch(kernels.outer, tiles, grid, args, _how_to_multiply(rows, order), max_autotune, seen)
+        both = rows, grad
+        if described:
+            blocks = dict(tiles[0].blocks)
+            both = (
+                describe(rows, blocks["BLOCK_M"], blocks["BLOCK_K"]),
+                describe(grad, blocks["BLOCK_M"], blocks["BLOCK_N"]),
+            )
+        strides = *rows.stride(), *grad.stride(), *result.stride()
+        args = rows, grad, *both, by, offsets, result, *sizes, *strides
+        constants = {**_how_to_multiply(rows, order), "DESCRIBED": described}
+        _launch(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
     return result
+
+
+def empty_gradient(rows: Tensor, grad: Tensor, offsets: Tensor, along_inner: bool) -> Tensor:
+    """Memory for what :func:`outer` gives: ``[E, K, N]``, contiguous along K or along N."""
+    inner, columns, groups = rows.shape[1], grad.shape[1], offsets.shape[0]
+    if along_inner:
+        return rows.new_empty(groups, columns, inner).transpose(1, 2)
+    return rows.new_empty(groups, inner, columns)
+
+
+def _sorted(rows: Tensor, pairs: int, order: Tensor | None, own: int, after: int) -> Tensor:
+    """The row of each pair, in the order of the sort: aligned and contiguous."""
+    if order is not None:
+        return rows[order // after % own if own else order]
+    if own:
+        return rows[torch.arange(pairs, device=rows.device) // after % own]
+    return (
+        rows
+        if can_be_described(rows) and rows.stride(1) == 1 and is_aligned(rows)
+        else rows.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _launch(
     kernel: Any,
-    tiles: list[Tile],
+    tiles: tuple[Tile, ...],
     grid: Callable[[Any], tuple[int, ...]],
     args: tuple[Any, ...],
     constants: dict[str, Any],
@@ -170,7 +248,7 @@ def _launch(
 ) -> None:
     """Launch with the first tile. What compilers see they can tune, on the arguments of the first call."""
     if seen:
-        tuned = _autotuned(kernel, tuple(tiles if max_autotune else tiles[:1]))
+        tuned = _autotuned(kernel, tiles if max_autotune else tiles[:1])
         torch.library.wrap_triton(tuned)[grid](*args, **constants)
         return
     first = tiles[0].arguments()
@@ -204,7 +282,8 @@ def _capability(device: torch.device) -> int:
 def _how_to_multiply(rows: Tensor, order: Tensor | None) -> dict[str, Any]:
     """What the kernels that multiply tiles are told besides."""
     widen = interpreted() and rows.dtype is torch.bfloat16
-    return {"HAS_ORDER": order is not None, "PRECISION": _precision(), "WIDEN": widen}
+    precision = _precision() if rows.dtype is torch.float32 else "ieee"  # to ask takes long
+    return {"HAS_ORDER": order is not None, "PRECISION": precision, "WIDEN": widen}
 
 
 def _precision() -> str:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, TopKDispatch, Value
 from moe_rewrite.lower import combine
+from moe_rewrite.lower.gathers import gather_of
 from moe_rewrite.lower.pairs import Pairs
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -240,6 +241,11 @@ class Lifted:
         args, kwargs = self._arguments(step)
         if step.op is Primitive.MATMUL:
             return self._multiply(pairs, product, *args)
+        gather = gather_of(self.loop, step, pairs) if self.needs_grad else None
+        if gather is not None and step.result.example.is_floating_point():
+            # As many rows as pairs, whose gradients are added. The gradient of an index adds them by atomics.
+            every = pairs.from_token_order(gather.rows(self._values[gather.table]))
+            return pairs.harmless_rows(self.lend(pairs, every))
         if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
             args = pytree.tree_map_only(Tensor, partial(self._harmless, pairs), args[1:])
             rows = step.op(self._values[step.args[0]], *args)  # type: ignore[operator]

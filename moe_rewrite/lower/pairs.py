@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.loop import ExpertsLoop, Place, TopKDispatch
+from moe_rewrite.lower import rows_mm
+from moe_rewrite.lower.adjoints import permuted
+from moe_rewrite.lower.launch import available
 
-MAX_COMPARED = 2048
-"""Up to how many pairs are sorted by comparing each with each, on a GPU."""
-MAX_COUNTED = 2**24
-"""Up to how many (pair, expert) combinations pairs are sorted by counting, on a GPU."""
+MAX_COUNTED_EXPERTS = 4096
+"""Up to how many experts pairs are sorted by our kernel, which counts those of each expert in each block of pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Pairs:
         offsets: where the pairs of each expert end, ``[num_experts]`` int32; None in token order. Pairs of no expert
             come after the last of them.
         shape: shape of the expert ids, or of the mask of one expert.
-        lender: the pair whose rows the pairs of no expert get, 0-dim; None for the first.
+        lender: the pair whose rows the pairs of no expert get, one number; None for the first.
+        order: which entry of the flattened expert ids each pair is, ``[P]``, the inverse of ``inverse``; None where
+            that is, and where there are no gradients.
     """
 
     expert: Tensor
@@ -50,6 +53,7 @@ class Pairs:
     offsets: Tensor | None
     shape: torch.Size
     lender: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
     def in_token_order(cls, loop: ExpertsLoop, expert_ids: Tensor, visited: Tensor | None, lends: bool = True) -> Pairs:
@@ -108,16 +112,17 @@ class Pairs:
         offsets = flat.sum(1).cumsum(0).to(torch.int32)
         return cls(expert, None, position, None, expert, offsets, mask.shape[1:])
 
-    def sorted_by_expert(self, num_experts: int) -> Pairs:
+    def sorted_by_expert(self, num_experts: int, needs_grad: bool = True) -> Pairs:
         """The same pairs with those of one expert side by side, without synchronisation with the device."""
         if self.offsets is not None:
             return self
         key = self.expert if self.valid is None else torch.where(self.valid, self.expert, num_experts)
         order, inverse, offsets = sort_by_expert(key, num_experts)
         expert, position = self.expert[order], self.position[order]
-        if self.valid is None:
-            return Pairs(expert, None, position, inverse, expert, offsets, self.shape)
-        return Pairs(expert, self.valid[order], position, inverse, key[order], offsets, self.shape)
+        valid, key = (None, expert) if self.valid is None else (self.valid[order], key[order])
+        lender = None if self.lender is None else inverse.index_select(0, self.lender.reshape(1))
+        kept = order if needs_grad else None
+        return Pairs(expert, valid, position, inverse, key, offsets, self.shape, lender, kept)
 
     def coordinate(self, axis: int | None) -> Tensor:
         """Where each pair stands along an axis of the expert ids, ``[P]`` int64; 0 for an axis of length 1 (None)."""
@@ -150,7 +155,18 @@ class Pairs:
 
     def to_token_order(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` of these pairs in the order of the expert ids."""
-        return rows if self.inverse is None else rows[self.inverse]
+        if self.inverse is None:
+            return rows
+        if self.order is None or not rows.is_floating_point():
+            return rows[self.inverse]
+        return permuted(rows, self.inverse, self.order)
+
+    def from_token_order(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[P, ...]`` in the order of the expert ids, in the order of these pairs."""
+        if self.inverse is None:
+            return rows
+        assert self.order is not None, "they were sorted without gradients"
+        return permuted(rows, self.order, self.inverse)
 
 
 def first_of_slots(ids: Tensor, shape: torch.Size, place: Place, dispatch: TopKDispatch) -> Tensor | None:
@@ -197,24 +213,11 @@ def sort_by_expert(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     place = torch.arange(pairs, device=key.device)
     if isinstance(pairs, int) and pairs == 0:  # of a search in nothing inductor makes code that Triton cannot compile
         return place, place, key.new_zeros(num_experts, dtype=torch.int32)
-    bins = torch.arange(num_experts + 1, device=key.device)
-    on_gpu = key.device.type == "cuda" and isinstance(pairs, int)
-    if on_gpu and pairs <= MAX_COMPARED:
-        # Three small kernels: at few tokens the number of kernels is what counts.
-        other = key.unsqueeze(0)
-        before = (other < key.unsqueeze(1)) | ((other == key.unsqueeze(1)) & (place < place.unsqueeze(1)))
-        inverse = before.sum(1)
-        offsets = (other <= bins[:-1].unsqueeze(1)).sum(1).to(torch.int32)
-        # No scatter: inductor makes three kernels of it.
-        order = torch.where(inverse == place.unsqueeze(1), place, 0).sum(1)
-        return order, inverse, offsets
-    if on_gpu and pairs * num_experts <= MAX_COUNTED:
-        # Counting needs a scan and no sort.
-        ranks = (key.unsqueeze(1) == bins).to(torch.int32).cumsum(0)
-        ends = ranks[-1].cumsum(0)
-        starts = ends - ranks[-1]
-        inverse = (starts[key] + ranks.gather(1, key.unsqueeze(1)).squeeze(1) - 1).to(torch.int64)
-        return torch.empty_like(inverse).scatter(0, inverse, place), inverse, ends[:-1].to(torch.int32)
+    if key.device.type == "cuda" and available(key.device) and num_experts <= MAX_COUNTED_EXPERTS:
+        # A few launches less than operators of torch's have.
+        order, inverse, offsets = rows_mm.sort_by_expert(key, num_experts)
+        return order.to(torch.int64), inverse.to(torch.int64), offsets
     sorted_key, order = torch.sort(key, stable=True)
     inverse = torch.empty_like(order).scatter(0, order, place)
-    return order, inverse, torch.searchsorted(sorted_key, bins[:-1], right=True, out_int32=True)
+    bins = torch.arange(num_experts, device=key.device)
+    return order, inverse, torch.searchsorted(sorted_key, bins, right=True, out_int32=True)

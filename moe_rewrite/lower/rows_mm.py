@@ -1,10 +1,11 @@
-"""Products of rows with the weights of their experts, by Triton kernels (``kernels.py``).
+"""Products of rows with the weights of their experts, by Triton kernels (``lower/kernels``).
 
 They take any strides and sizes, bf16, fp16 and fp32, read nothing back from the device and write every row.
 
 Each operator is there twice. Where all sizes are known it is one of ``torch.library.triton_op``: compilers see the
 kernels, launch them like their own and plan memory for them. Where sizes are symbols, choosing tiles would tie the
-graph to ranges of sizes: there it is an operator that they do not see into, which chooses when it is called.
+graph to ranges of sizes: there it is an operator that they do not see into, which chooses when it is called. So it is
+where operands are read by descriptors (``launch.describes``).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "rows_outer(Tensor rows, Tensor grad, Tensor? order, Tensor offsets, SymInt own, SymInt after, "
-    "bool max_autotune) -> Tensor"
+    "bool along_inner, bool max_autotune) -> Tensor"
 )
-_LIBRARY.define("sort_by_expert(Tensor experts, SymInt groups) -> (Tensor, Tensor)")
+_LIBRARY.define("sort_by_expert(Tensor experts, SymInt groups) -> (Tensor, Tensor, Tensor)")
 
 
-def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """A stable sort of pairs by expert, in one launch for few pairs and two for many.
 
     Args:
@@ -41,12 +42,12 @@ def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         groups: the number of experts.
 
     Returns:
-        The number of each pair in sorted order, ``[P]`` int32, those of no expert last; and where each expert's pairs
-        end, ``[groups]`` int32.
+        The number of each pair in sorted order, ``[P]`` int32, those of no expert last; where each pair stands in that
+        order, likewise; and where each expert's pairs end, ``[groups]`` int32.
     """
     sort = _sort_seen if _is_seen(experts, groups) else torch.ops.moe_rewrite.sort_by_expert
-    order, offsets = sort(experts, groups)
-    return order, offsets
+    order, inverse, offsets = sort(experts, groups)
+    return order, inverse, offsets
 
 
 def rows_mm(
@@ -76,7 +77,7 @@ def rows_mm(
         experts: the expert of each pair, ``[P]``: in the place of the two for few pairs.
         gather: ``(pairs, own, after)``: pair ``p`` has row ``p // after % own``; None where each has its own.
         interleaved: there is one weight, ``[E, K, 2 N]``, that is two: its even columns, and its odd ones.
-        epilogue: a program as in ``kernels.py``, over the products, then the vectors.
+        epilogue: a program as in ``lower/kernels``, over the products, then the vectors.
         dtype: of the result; that of the rows if None.
         max_autotune: whether the first call is to try several tiles. Only where compilers see the kernels.
 
@@ -85,6 +86,7 @@ def rows_mm(
     """
     pairs, own, after = gather or (rows.shape[0], 0, 1)
     is_seen = _is_seen(rows, *weights, *vectors, order, offsets, experts, pairs, own, after)
+    is_seen = is_seen and (experts is not None or not launch.describes(weights, pairs))
     multiply = _rows_mm_seen if is_seen else torch.ops.moe_rewrite.rows_mm
     how = interleaved, epilogue, dtype or rows.dtype, max_autotune
     result: Tensor = multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how)
@@ -98,6 +100,7 @@ def rows_outer(
     order: Tensor | None = None,
     own: int | None = None,
     after: int = 1,
+    along_inner: bool = False,
     max_autotune: bool = False,
 ) -> Tensor:
     """For each expert the sum of ``row x gradient`` over its pairs, ``[E, K, N]``: the gradient of its weight.
@@ -109,11 +112,14 @@ def rows_outer(
         order: the pairs sorted by expert, ``[P]`` int32; None where they are sorted.
         own: the number of rows; None where each pair has its own.
         after: how many pairs in a row have the same row.
+        along_inner: whether the result is to be contiguous along K, as a transposed ``[E, N, K]`` is.
         max_autotune: see :func:`rows_mm`.
     """
     is_seen = _is_seen(rows, grad, order, offsets, own, after)
+    sizes = offsets.shape[0], grad.shape[0], rows.shape[1], grad.shape[1]
+    is_seen = is_seen and not launch.describes_gradients(*sizes, rows.dtype, rows.device)
     multiply = _rows_outer_seen if is_seen else torch.ops.moe_rewrite.rows_outer
-    result: Tensor = multiply(rows, grad, order, offsets, own or 0, after, max_autotune)
+    result: Tensor = multiply(rows, grad, order, offsets, own or 0, after, along_inner, max_autotune)
     return result
 
 
@@ -137,7 +143,7 @@ def _is_seen(*given: Tensor | int | None) -> bool:
 
 
 @torch.library.impl(_LIBRARY, "sort_by_expert", "CompositeExplicitAutograd")
-def _sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return launch.sort(experts, groups, seen=False)
 
 
@@ -159,7 +165,7 @@ def _triton_op(name: str) -> Any:
 
 
 @_triton_op("sort_by_expert_seen")
-def _sort_seen(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _sort_seen(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return launch.sort(experts, groups, seen=True)
 
 
@@ -185,14 +191,22 @@ def _rows_mm_seen(
 
 @_triton_op("rows_outer_seen")
 def _rows_outer_seen(
-    rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, own: int, after: int, max_autotune: bool
+    rows: Tensor,
+    grad: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    own: int,
+    after: int,
+    along_inner: bool,
+    max_autotune: bool,
 ) -> Tensor:
-    return launch.outer(rows, grad, order, offsets, own, after, max_autotune, seen=True)
+    return launch.outer(rows, grad, order, offsets, own, after, along_inner, max_autotune, seen=True)
 
 
 @torch.library.register_fake("moe_rewrite::sort_by_expert", lib=_LIBRARY)
-def _(experts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    return experts.new_empty(experts.shape, dtype=torch.int32), experts.new_empty(groups, dtype=torch.int32)
+def _(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    order, inverse = (experts.new_empty(experts.shape, dtype=torch.int32) for _ in range(2))
+    return order, inverse, experts.new_empty(groups, dtype=torch.int32)
 
 
 @torch.library.register_fake("moe_rewrite::rows_mm", lib=_LIBRARY)
@@ -204,7 +218,8 @@ def _(rows: Tensor, weights: list[Tensor], *rest: Any) -> Tensor:
 
 @torch.library.register_fake("moe_rewrite::rows_outer", lib=_LIBRARY)
 def _(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, *rest: Any) -> Tensor:
-    return rows.new_empty(offsets.shape[0], rows.shape[1], grad.shape[1])
+    _own, _after, along_inner, _max_autotune = rest
+    return launch.empty_gradient(rows, grad, offsets, along_inner)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -234,14 +249,39 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_rows = grad_rows.reshape(-1, own, after, rows.shape[1]).sum((0, 2))
     if needs_weight or needs_bias:
         if offsets is None:
-            order, offsets = sort_by_expert(experts, weight.shape[0])
+            order, _, offsets = sort_by_expert(experts, weight.shape[0])
         if needs_weight:
-            grad_weight = rows_outer(rows, grad, offsets, order, own, after, ctx.max_autotune)
+            # In the layout of the weight: else autograd copies it where it is kept.
+            grad_weight = rows_outer(rows, grad, offsets, order, own, after, weight.stride(1) == 1, ctx.max_autotune)
         if needs_bias:
             grad_bias = rows_outer(grad.new_ones(pairs, 1), grad, offsets, order).squeeze(1)
     vectors = [grad_bias] if has_bias else []
     return grad_rows, [grad_weight], vectors, *[None] * 10
 
+
+def _save_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, grad, order, offsets, ctx.own, ctx.after, *_ = inputs
+    ctx.save_for_backward(rows, grad, order, offsets)
+
+
+def _outer_backward(ctx: Any, of_weight: Tensor) -> tuple[Any, ...]:
+    """Of a sum of ``row x gradient``: the second gradients of products."""
+    rows, grad, order, offsets = ctx.saved_tensors
+    pairs, own, after = grad.shape[0], ctx.own, ctx.after
+    told = {"order": order, "offsets": offsets}
+    of_rows = of_grad = None
+    if ctx.needs_input_grad[0]:
+        of_rows = rows_mm(grad, [of_weight.transpose(1, 2)], [], **told)
+        if not (isinstance(own, int) and own == 0):
+            of_rows = of_rows.reshape(-1, own, after, rows.shape[1]).sum((0, 2))
+    if ctx.needs_input_grad[1]:
+        of_grad = rows_mm(rows, [of_weight], [], gather=(pairs, own, after), **told)
+    return of_rows, of_grad, *[None] * 6
+
+
+torch.library.register_autograd("moe_rewrite::rows_outer", _outer_backward, setup_context=_save_outer, lib=_LIBRARY)
+if launch.HAS_TRITON:
+    _rows_outer_seen.register_autograd(_outer_backward, setup_context=_save_outer)
 
 torch.library.register_autograd("moe_rewrite::rows_mm", _backward, setup_context=_save, lib=_LIBRARY)
 if launch.HAS_TRITON:

@@ -7,6 +7,7 @@ operands of 16 bits are the best of some 20 on an H200 (docs/performance.md); th
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -34,9 +35,10 @@ class Tile:
         return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
 
 
+@functools.lru_cache(1024)  # asked at each launch in an operator, by sizes that may be new each time
 def of_products(
     pairs: int, groups: int, inner: int, columns: int, products: int, dtype: torch.dtype, wide: bool
-) -> list[Tile]:
+) -> tuple[Tile, ...]:
     """For ``kernels.multiply``: about as many rows as an expert has if all have the same. Two products share a tile.
 
     Args:
@@ -46,7 +48,7 @@ def of_products(
         columns: columns of the result.
         products: how many products are computed at once.
         dtype: of the operands.
-        wide: whether operands are multiplied where they are in shared memory, see :func:`multiplies_wide`.
+        wide: whether operands are multiplied where they are in shared memory, see `launch._multiplies_wide`.
     """
     rows = -(-pairs // groups)
     if dtype.itemsize == 4:
@@ -68,10 +70,11 @@ def of_products(
             most_k //= 2  # loads without masks are worth more than deep ones
         block_n, block_k = block(columns, most_n // products), block(inner, most_k)
         found.append(Tile.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k))
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool) -> list[Tile]:
+@functools.lru_cache(1024)
+def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool) -> tuple[Tile, ...]:
     """For ``kernels.multiply_each``: each thread reads 16 bytes at a time along the dimension that is contiguous.
 
     ``is_along_inner`` says whether that is the dimension that is summed.
@@ -86,12 +89,15 @@ def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool
         Tile.of(warps, 3, BLOCK_N=min(most_n, power(columns)), BLOCK_K=min(most_k, power(inner)))
         for most_n, most_k, warps in sizes
     ]
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def of_gradients(inner: int, columns: int, dtype: torch.dtype, wide: bool) -> list[Tile]:
-    """For ``kernels.outer``, which adds up ``BLOCK_M`` rows at a time."""
-    if dtype.itemsize == 4:
+@functools.lru_cache(1024)
+def of_gradients(inner: int, columns: int, dtype: torch.dtype, wide: bool, described: bool = False) -> tuple[Tile, ...]:
+    """For ``kernels.outer``, which adds up ``BLOCK_M`` rows at a time, through descriptors or without."""
+    if described:
+        sizes = [(32, 128, 128, 4, 4)]
+    elif dtype.itemsize == 4:
         sizes = [(32, 64, 64, 4, 3)]
     elif wide:
         sizes = [(64, 128, 128, 4, 3), (32, 128, 128, 4, 4), (64, 64, 256, 4, 3), (64, 128, 256, 8, 3)]
@@ -101,7 +107,7 @@ def of_gradients(inner: int, columns: int, dtype: torch.dtype, wide: bool) -> li
         Tile.of(warps, stages, BLOCK_M=rows, BLOCK_N=block(columns, most_n), BLOCK_K=block(inner, most_k))
         for rows, most_k, most_n, warps, stages in sizes
     ]
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 def of_sort(pairs: int, bins: int, has_counts: bool) -> dict[str, int]:

@@ -12,19 +12,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Step, TopKDispatch, Value
+from moe_rewrite.loop import ExpertsLoop, Step, TopKDispatch, Value
 from moe_rewrite.lower import epilogue, grouped_mm
+from moe_rewrite.lower.gathers import Gather, gather_of
 from moe_rewrite.lower.launch import available
 from moe_rewrite.lower.lift import Lifted
 from moe_rewrite.lower.pairs import Pairs
 from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, rows_mm, sort_by_expert
 
 Multiply = Callable[..., Tensor]
-Source = tuple[Value, tuple[int, int, int]]
 
 SHARED = 0.1
 """Pairs are computed one by one up to where so much of their weights is read more than once, in expectation."""
@@ -42,13 +40,13 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
         vectors, program = ([], "") if bias is None else ([bias], ADD_VECTOR)
         return lifted.lend(pairs, multiply(rows, [weight], vectors, epilogue=program))
 
-    sources = {step.result: source for step in loop.steps if (source := _source(loop, step, pairs)) is not None}
+    gathers = {step.result: gather for step in loop.steps if (gather := gather_of(loop, step, pairs)) is not None}
     instead: dict[Value, Callable[[], Tensor]] = {}
     for step in loop.matmuls():
-        if step.args[0] in sources:
-            instead[step.result] = partial(_gathered, lifted, multiply, pairs, step, sources[step.args[0]])
+        if step.args[0] in gathers:
+            instead[step.result] = partial(_gathered, lifted, multiply, pairs, step, gathers[step.args[0]])
     for stage in [] if lifted.needs_grad else epilogue.stages(loop):
-        instead[stage.result] = partial(_staged, lifted, multiply, pairs, stage, sources.get(stage.rows))
+        instead[stage.result] = partial(_staged, lifted, multiply, pairs, stage, gathers.get(stage.rows))
     lifted.run(pairs, product, with_bias=product, instead=instead)
 
 
@@ -68,7 +66,7 @@ def _dispatch(loop: ExpertsLoop, pairs: Pairs) -> dict[str, Any]:
     number = loop.num_pairs
     if isinstance(number, int) and _expected_sharing(loop, number) <= SHARED:
         return {"experts": pairs.key}
-    order, offsets = sort_by_expert(pairs.key, loop.num_experts)
+    order, _, offsets = sort_by_expert(pairs.key, loop.num_experts)
     return {"order": order, "offsets": offsets}
 
 
@@ -80,35 +78,13 @@ def _expected_sharing(loop: ExpertsLoop, pairs: int) -> float:
     return (pairs - (different if isinstance(different, int) else 1)) / (2 * loop.num_experts)
 
 
-def _source(loop: ExpertsLoop, step: Step, pairs: Pairs) -> Source | None:
-    """What a step's rows are gathered from, and by which rule: ``(number of pairs, own, after)``.
-
-    None for rows that are no gather of rows by a coordinate of the pair.
-    """
-    dispatch = loop.dispatch
-    if step.op is not torch.ops.aten.index.Tensor or not isinstance(dispatch, TopKDispatch):
-        return None
-    table, indices = step.args
-    coordinate = next((one for one in loop.steps if len(indices) == 1 and one.result is indices[0]), None)
-    if table.kind is not Kind.INVARIANT or coordinate is None or coordinate.op is not Primitive.COORDINATE:
-        return None
-    axis, shape = coordinate.args[0], pairs.shape
-    if axis is None or table.example.dim() != 2:
-        return None
-    # The kernel does not check whether a row is there.
-    if not statically_known_true(table.example.shape[0] == dispatch.shape[axis]):
-        return None
-    after = 1
-    for size in shape[axis + 1 :]:
-        after = after * size
-    return table, (pairs.key.shape[0], shape[axis], after)
+def _rows(lifted: Lifted, rows: Value, gather: Gather | None) -> tuple[Tensor, tuple[int, int, int] | None]:
+    if gather is None:
+        return lifted.value(rows), None
+    return lifted.value(gather.table), (gather.pairs, gather.own, gather.after)
 
 
-def _rows(lifted: Lifted, rows: Value, source: Source | None) -> tuple[Tensor, tuple[int, int, int] | None]:
-    return (lifted.value(rows), None) if source is None else (lifted.value(source[0]), source[1])
-
-
-def _gathered(lifted: Lifted, multiply: Multiply, pairs: Pairs, step: Step, source: Source) -> Tensor:
+def _gathered(lifted: Lifted, multiply: Multiply, pairs: Pairs, step: Step, source: Gather) -> Tensor:
     """A product whose rows are gathered while they are read."""
     rows, gather = _rows(lifted, step.args[0], source)
     weight, *bias = map(lifted.value, step.args[1:])
@@ -116,7 +92,7 @@ def _gathered(lifted: Lifted, multiply: Multiply, pairs: Pairs, step: Step, sour
     return lifted.lend(pairs, result)
 
 
-def _staged(lifted: Lifted, multiply: Multiply, pairs: Pairs, stage: epilogue.Stage, source: Source | None) -> Tensor:
+def _staged(lifted: Lifted, multiply: Multiply, pairs: Pairs, stage: epilogue.Stage, source: Gather | None) -> Tensor:
     """Products and what follows them, in one kernel."""
     rows, gather = _rows(lifted, stage.rows, source)
     interleaved = epilogue.interleaved(stage.products)

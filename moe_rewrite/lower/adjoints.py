@@ -1,0 +1,122 @@
+"""Operators of torch's whose gradients are computed in another way than torch would.
+
+Once gradients are known, compilers see what they are made of, as they see what is in a ``torch.library.triton_op``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode  # seen to work in 2.11, 2.13 and 2.15
+
+_LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
+_LIBRARY.define("permuted(Tensor rows, Tensor order, Tensor inverse) -> Tensor")
+_LIBRARY.define("repeated(Tensor rows, SymInt before, SymInt after) -> Tensor")
+_LIBRARY.define("slot_sum(Tensor rows, int dim) -> Tensor")
+
+UNROLLED = range(8, 17)
+"""How many slots are added one by one. Fewer are by inductor, which makes a slow reduction of these (2.11, H200)."""
+
+
+def is_unrolled(slots: Any) -> bool:
+    """Whether so many slots are added one by one. The number may be a symbol."""
+    return isinstance(slots, int) and slots in UNROLLED
+
+
+def permuted(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``rows[order]``, with a gradient that is a gather.
+
+    Torch does not know that an index is a permutation: it adds the gradient's rows to zeros, by atomics on a GPU.
+
+    Args:
+        rows: ``[P, ...]``.
+        order: a permutation of the numbers below P, ``[P]`` int64.
+        inverse: its inverse, ``[P]`` int64: ``inverse[order[i]] == i``.
+    """
+    result: Tensor = torch.ops.moe_rewrite.permuted(rows, order, inverse)
+    return result
+
+
+def repeated(rows: Tensor, before: int, after: int) -> Tensor:
+    """``[R, ...]`` to ``[before * R * after, ...]``: each row ``after`` times, all of that ``before`` times.
+
+    The gradient is a sum over slots, where an index would have one that is added by atomics. It is :func:`slot_sum`.
+    """
+    if isinstance(before, int) and isinstance(after, int) and before == after == 1:
+        return rows
+    if not (rows.device.type == "cuda" and isinstance(before, int) and before == 1 and is_unrolled(after)):
+        return _repeat(rows, before, after)  # whose gradient is that sum
+    result: Tensor = torch.ops.moe_rewrite.repeated(rows, before, after)
+    return result
+
+
+def slot_sum(rows: Tensor, dim: int) -> Tensor:
+    """``rows.sum(dim)``, added in float32 where the dtype is lower; on a GPU so that inductor makes fast code of it."""
+    if rows.device.type != "cuda" or not rows.is_floating_point() or not is_unrolled(rows.shape[dim]):
+        return rows.sum(dim)
+    result: Tensor = torch.ops.moe_rewrite.slot_sum(rows, dim)
+    return result
+
+
+def _repeat(rows: Tensor, before: int, after: int) -> Tensor:
+    every = rows.unsqueeze(1).unsqueeze(0).expand(before, rows.shape[0], after, *rows.shape[1:])
+    return every.clone(memory_format=torch.contiguous_format).flatten(0, 2)  # never the memory of `rows`
+
+
+def _add_slots(rows: Tensor, dim: int) -> Tensor:
+    total, *others = (one.to(torch.promote_types(rows.dtype, torch.float32)) for one in rows.unbind(dim))
+    for one in others:
+        total = total + one
+    return total.to(rows.dtype)
+
+
+def _register(
+    name: str, function: Callable[..., Tensor], eager: Callable[..., Tensor], save: Any, backward: Any
+) -> None:
+    """``function``: what compilers see; ``eager``: the same where nothing is compiled."""
+
+    def decomposed(mode: Any, op: Any, types: Any, args: Any, kwargs: Any = None) -> Tensor:
+        with mode:
+            return function(*args)
+
+    qualified = f"moe_rewrite::{name}"
+    torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")(eager)
+    torch.library.register_fake(qualified, eager, lib=_LIBRARY)
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decomposed, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=save, lib=_LIBRARY)
+
+
+def _save_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _permuted_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    order, inverse = ctx.saved_tensors
+    return permuted(grad, inverse, order), None, None
+
+
+def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, *ctx.sizes = inputs
+    ctx.shape = rows.shape
+
+
+def _added_up(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    before, after = ctx.sizes
+    by_slot = grad.reshape(before, ctx.shape[0], after, *ctx.shape[1:])
+    once = isinstance(before, int) and before == 1
+    return slot_sum(by_slot.squeeze(0), 1) if once else by_slot.sum((0, 2)), None, None
+
+
+def _spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (dim,) = ctx.sizes
+    return grad.unsqueeze(dim).expand(ctx.shape), None
+
+
+_register(
+    "permuted", lambda rows, order, _: rows[order], lambda rows, order, _: rows[order], _save_order, _permuted_back
+)
+_register("repeated", _repeat, _repeat, _save_sizes, _added_up)
+_register("slot_sum", _add_slots, lambda rows, dim: rows.sum(dim), _save_sizes, _spread)
