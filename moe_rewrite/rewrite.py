@@ -13,7 +13,7 @@ from moe_rewrite import fingerprint, lower, splice
 from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError, NotLiftedError
 from moe_rewrite.loop import ExpertsLoop, Refusal
-from moe_rewrite.lower import ExpertsBackend, InnerCompiler, Lifted
+from moe_rewrite.lower import ExpertsBackend, InnerCompiler, Lifted, digest
 from moe_rewrite.nodes import has_unknown_size, standalone_code
 from moe_rewrite.recognise import Finding, find_loops
 from moe_rewrite.recognise.pieces import spell_out_pieces
@@ -195,6 +195,7 @@ def _replace(
         said = (str(error).splitlines() or [""])[0]
         reason = said if isinstance(error, NotLiftedError) else f"it cannot be lowered: {type(error).__name__}: {said}"
         raise LoopRefused([report.refused(reason)]) from error
+    digest.mark(plan.gm)
     return dataclasses.replace(report, loop=loop, after=standalone_code(new, loop.inputs)), outputs
 
 

@@ -260,7 +260,7 @@ def describe_kernels(given: argparse.Namespace) -> None:
             rows = launch.multiply(x, gate_up, [], *dispatch, *sizes, *how, seen=False)
             sizes_down, how = (len(rows), len(rows), 1), (False, "", dtype, False)
             launch.multiply(rows, [gate_up[0].transpose(1, 2)], [], *dispatch, *sizes_down, *how, seen=False)
-        launch.outer(x, rows, order, offsets, *sizes[1:], False, seen=False)
+        launch.outer(x, rows, order, offsets, *sizes[1:], False, False, seen=False)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -713,10 +713,8 @@ def advancing(make: Callable[[], Iterator[float]], name: str) -> Loop:
 
 
 def halving() -> Iterator[float]:
-    number = 1.0
-    while True:
-        yield number
-        number /= 2
+    for power in range(20):
+        yield 0.5**power
 
 
 for _name, _numbers in (

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
+from moe_rewrite.lower import digest
+
 NEW_TOKENS = 6
 
 
@@ -265,6 +267,24 @@ if trains:
     results.append(compile_once(Block(FORMS["range_over_mask"]), inputs(), experts, train=True))
 print(json.dumps(results))
 """
+
+
+def test_another_version_does_not_get_cached_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cached was made of operators of ours by name: it holds what this version made of them."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cached = counters["aot_autograd"]
+
+    def compile_it(version: str | None) -> tuple[int, int]:
+        torch._dynamo.reset()
+        cached.clear()
+        if version is not None:
+            monkeypatch.setattr(digest, "_of_code", lambda: version)
+        fast = torch.compile(Stack(), backend="moe_rewrite", fullgraph=True, options={"experts": "grouped_mm"})
+        with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True):
+            torch.testing.assert_close(fast(states()), Stack()(states()))
+        return cached["autograd_cache_hit"], cached["autograd_cache_miss"]
+
+    assert [compile_it(version) for version in (None, None, "another", "another")] == [(0, 1), (1, 0), (0, 1), (1, 0)]
 
 
 def in_a_new_process(cache: Path, experts: str, trains: bool = True) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_rewrite.lower import kernels
+from moe_rewrite.lower import kernels, visible
 from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, can_be_described, describe, is_aligned
 from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_products, of_single_rows, of_sort, power
 
@@ -89,12 +89,19 @@ def sort(experts: Tensor, groups: int, *, seen: bool) -> tuple[Tensor, Tensor, T
     blocked = of_sort(pairs, bins, has_counts)
     size = blocked["BLOCK"]
     blocks = triton.cdiv(pairs, size)
+    launch = visible.launch if seen else _launch
+
+    def grid(meta: Any) -> tuple[int]:
+        return (blocks,)
+
     with _on(experts):
         if has_counts:
             counts = experts.new_empty(blocks, bins, dtype=torch.int32)
-            _kernel(kernels.count, seen)[(blocks,)](experts, counts, pairs, groups, BLOCK=size, GROUPS=bins)
+            args: tuple[Any, ...] = experts, counts, pairs, groups
+            (counts,) = launch(kernels.count, grid, args, {"BLOCK": size, "GROUPS": bins}, ("counts",))
         args = experts, counts, order, inverse, offsets, pairs, groups, blocks
-        _kernel(kernels.sort, seen)[(blocks,)](*args, **blocked, GROUPS=bins, HAS_COUNTS=has_counts)
+        constants = {**blocked, "GROUPS": bins, "HAS_COUNTS": has_counts}
+        order, inverse, offsets = launch(kernels.sort, grid, args, constants, ("order", "inverse", "offsets"))
     return order, inverse, offsets
 
 
@@ -149,8 +156,7 @@ def multiply(
             def grid_of_each(meta: Any) -> tuple[int, int]:
                 return triton.cdiv(columns, meta["BLOCK_N"]), pairs
 
-            _launch(kernels.multiply_each, tiles, grid_of_each, args, constants, max_autotune, seen)
-            return result
+            return _tiled(kernels.multiply_each, tiles, grid_of_each, args, constants, max_autotune, seen)
         tiles = of_products(pairs, groups, inner, columns, products, rows.dtype, _multiplies_wide(rows.device))
 
         def grid(meta: Any) -> tuple[int]:
@@ -168,8 +174,7 @@ def multiply(
             width = blocks["BLOCK_N"] * (2 if interleaved else 1)
             both = [describe(weight, 1, blocks["BLOCK_K"], width) for weight in [*weights, *weights][:2]]
         args = rows, by, told, *both, *added, result, pairs, *sizes, *strides
-        _launch(kernels.multiply, tiles, grid, args, constants, max_autotune, seen)
-    return result
+        return _tiled(kernels.multiply, tiles, grid, args, constants, max_autotune, seen)
 
 
 def outer(
@@ -212,8 +217,7 @@ def outer(
         strides = *rows.stride(), *grad.stride(), *result.stride()
         args = rows, grad, *both, by, offsets, result, *sizes, *strides
         constants = {**_how_to_multiply(rows, order), "DESCRIBED": described}
-        _launch(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
-    return result
+        return _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
 
 
 def empty_gradient(rows: Tensor, grad: Tensor, offsets: Tensor, along_inner: bool) -> Tensor:
@@ -237,7 +241,7 @@ def _sorted(rows: Tensor, pairs: int, order: Tensor | None, own: int, after: int
     )
 
 
-def _launch(
+def _tiled(
     kernel: Any,
     tiles: tuple[Tile, ...],
     grid: Callable[[Any], tuple[int, ...]],
@@ -245,24 +249,32 @@ def _launch(
     constants: dict[str, Any],
     max_autotune: bool,
     seen: bool,
-) -> None:
+) -> Tensor:
     """Launch with the first tile. What compilers see they can tune, on the arguments of the first call."""
     if seen:
         tuned = _autotuned(kernel, tiles if max_autotune else tiles[:1])
-        torch.library.wrap_triton(tuned)[grid](*args, **constants)
-        return
-    first = tiles[0].arguments()
-    kernel[grid(first)](*args, **constants, **first)
+        (result,) = visible.launch(tuned, grid, args, constants, ("result",))
+    else:
+        (result,) = _launch(kernel, grid, args, {**constants, **tiles[0].arguments()}, ("result",))
+    return result
+
+
+def _launch(
+    kernel: Any,
+    grid: Callable[[Any], tuple[int, ...]],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    written: tuple[str, ...],
+) -> list[Tensor]:
+    """Launch a kernel that compilers do not see, see :func:`visible.launch`."""
+    kernel[grid(constants)](*args, **constants)
+    return [args[kernel.arg_names.index(name)] for name in written]
 
 
 @functools.cache
 def _autotuned(kernel: Any, tiles: tuple[Tile, ...]) -> Any:
     configs = [triton.Config(dict(tile.blocks), num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
     return triton.autotune(configs=configs, key=[])(kernel)
-
-
-def _kernel(kernel: Any, seen: bool) -> Any:
-    return torch.library.wrap_triton(kernel) if seen else kernel
 
 
 def _on(tensor: Tensor) -> Any:

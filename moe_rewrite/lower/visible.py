@@ -1,0 +1,53 @@
+"""Launches of Triton kernels that compilers see, of which we know what they write.
+
+``torch.library.wrap_triton`` is there for kernels of which nothing is known. AOTAutograd finds out what each launch
+writes by an analysis of the kernel, for which Triton generates its code anew: some 50 ms a launch, in each layer of a
+model (docs/performance.md). Here the launch is put into the graph as AOTAutograd would have put it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Seen to work in 2.11, 2.13 and 2.15.
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[dict[str, Any]], tuple[int, ...]],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    written: tuple[str, ...],
+) -> list[Tensor]:
+    """Launch ``kernel``, in an operator of ``torch.library.triton_op``.
+
+    Args:
+        kernel: of ``triton.jit``, or of ``triton.autotune`` on top of that.
+        grid: its grid, by what a configuration says.
+        args: its first arguments.
+        constants: its other arguments by name, without what configurations say.
+        written: the names of those that it writes.
+
+    Returns:
+        What it wrote: the given memory, or in a graph other tensors, which the compiler puts there.
+    """
+    given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+    wrapped = torch.library.wrap_triton(kernel)
+    if wrapped is kernel:  # nothing is being traced
+        kernel[grid](**given)
+        return [given[name] for name in written]
+    configurations = [tile.kwargs for tile in getattr(kernel, "configs", ())] or [{}]
+    results = triton_kernel_wrapper_functional(
+        kernel_idx=wrapped.kernel_idx,
+        constant_args_idx=kernel_side_table.add_constant_args({}),
+        grid=[(*grid(said), 1, 1)[:3] for said in configurations],
+        tma_descriptor_metadata={},
+        kwargs=given,
+        tensors_to_clone=list(written),
+    )
+    return [results[name] for name in written]
