@@ -1,7 +1,7 @@
 """Launches of Triton kernels that compilers see, of which we know what they write.
 
 ``torch.library.wrap_triton`` is there for kernels of which nothing is known. AOTAutograd finds out what each launch
-writes by an analysis of the kernel, for which Triton generates its code anew: some 50 ms a launch, in each layer of a
+writes by an analysis of the kernel, for which Triton generates its code anew: 25 to 50 ms each time, in each layer of a
 model (docs/performance.md). Here the launch is put into the graph as AOTAutograd would have put it there.
 """
 
