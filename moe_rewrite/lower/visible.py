@@ -39,7 +39,7 @@ def launch(
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
     wrapped = torch.library.wrap_triton(kernel)
     if wrapped is kernel:  # nothing is being traced
-        kernel[grid](**given)
+        kernel[grid](*args, **constants)
         return [given[name] for name in written]
     configurations = [tile.kwargs for tile in getattr(kernel, "configs", ())] or [{}]
     results = triton_kernel_wrapper_functional(
