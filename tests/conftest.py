@@ -12,7 +12,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import torch._dynamo.guards
 from torch.utils import deterministic
 
 
@@ -56,6 +55,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # pytest 9 adds a handler to every logger that does not propagate. torch writes its structured traces, at half of the
 # time of a compile, as soon as this one has a handler.
 logging.getLogger("torch.__trace").propagate = True
+
+import torch._dynamo.guards  # noqa: E402 (it imports triton)
 
 # Dynamo times the guards of each compile, for its logs: 20 ms.
 torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0

@@ -89,7 +89,12 @@ def sort(keys):
     return launch.sort(keys, 6, seen=True)
 
 
+def lend(rows, offsets, lender):
+    return launch.lend(rows, offsets, lender)
+
+
 CASES = {
+    "rows that are lent": (lend, of(100, 64), numbers(6), numbers(1)),
     "sort of few": (sort, numbers(100, dtype=torch.int64)),
     "sort of many": (sort, numbers(4096, dtype=torch.int64)),
     "product": (multiply("", False), of(8, 64), of(6, 64, 32), numbers(32), numbers(6)),
@@ -122,7 +127,7 @@ def test_graphs_as_torch_makes_them(tmp_path):
     )
     assert said.returncode == 0, said.stderr[-3000:]
     found = [json.loads(line) for line in said.stdout.splitlines()]
-    assert len(found) == 9
+    assert len(found) == 10
     for name, ours, by_torch in found:
         assert len(ours) == (2 if name == "sort of many" else 1), name
         assert ours == by_torch, name

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_rewrite.lower import kernels, visible
 from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, can_be_described, describe, is_aligned
-from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_products, of_single_rows, of_sort, power
+from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_lending, of_products, of_single_rows, of_sort, power
 
 try:
     import triton
@@ -218,6 +218,22 @@ def outer(
         args = rows, grad, *both, by, offsets, result, *sizes, *strides
         constants = {**_how_to_multiply(rows, order), "DESCRIBED": described}
         return _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
+
+
+def lend(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor:
+    """See :func:`rows_mm.lend_rows`. Compilers see it."""
+    pairs, columns = rows.shape
+    constants = of_lending(columns)
+    if not visible.is_traced(kernels.lend):  # in a graph the compiler finds that `rows` need not be kept
+        rows = rows.clone()
+
+    def grid(meta: Any) -> tuple[int, int]:
+        return triton.cdiv(pairs, constants["BLOCK_M"]), triton.cdiv(columns, constants["BLOCK_N"])
+
+    with _on(rows):
+        args = rows, offsets, lender, pairs, offsets.shape[0], columns
+        (result,) = visible.launch(kernels.lend, grid, args, constants, ("rows",))
+    return result
 
 
 def empty_gradient(rows: Tensor, grad: Tensor, offsets: Tensor, along_inner: bool) -> Tensor:

@@ -145,6 +145,14 @@ class Pairs:
         # What comes of them is dropped, so their gradients are zeros: the lender need not add them up.
         return torch.where(_column(self.valid, rows), rows, lent.detach())
 
+    def lend_product(self, rows: Tensor) -> Tensor:
+        """The same for what a grouped product just gave, whose gradient for pairs of no expert nothing looks at."""
+        if self.valid is None:
+            return rows
+        assert self.offsets is not None and self.lender is not None
+        lent = rows_mm.lend_rows(rows, self.offsets, self.lender)
+        return self.lend(rows) if lent is None else lent
+
     def harmless_index(self, index: Tensor) -> Tensor:
         """An index for each pair, 0 where no pair at all counts: what the ids lead to could be out of range there."""
         return index if self.valid is None else torch.where(self.valid.any(), index, 0)

@@ -32,6 +32,8 @@ _LIBRARY.define(
     "bool along_inner, bool max_autotune) -> Tensor"
 )
 _LIBRARY.define("sort_by_expert(Tensor experts, SymInt groups) -> (Tensor, Tensor, Tensor)")
+OPAQUE = tuple(getattr(torch.ops.moe_rewrite, name) for name in ("rows_mm", "rows_outer", "sort_by_expert"))
+"""Those that compilers do not see into."""
 
 
 def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +125,26 @@ def rows_outer(
     return result
 
 
+def lend_rows(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor | None:
+    """``rows`` with the row ``lender`` in the place of those past the last offset; zeros where that is past it, too.
+
+    The gradient is handed on as it is. So this is for what a grouped product gave, which looks at none past the last
+    offset: a ``where`` would read and write all rows to change few, forward and backward.
+
+    Args:
+        rows: ``[P, N]``, contiguous and not used by anything else: they are changed in place.
+        offsets: where the rows of each expert end, ``[E]`` int32.
+        lender: the number of a row, ``[1]`` of an integer dtype.
+
+    Returns:
+        ``[P, N]``; None where compilers do not see the kernels.
+    """
+    if not _is_seen(rows, offsets, lender) or not rows.is_contiguous() or rows.numel() == 0:
+        return None
+    result: Tensor = _lend_rows_seen(rows, offsets, lender)
+    return result
+
+
 ADD_VECTOR = "add v0 v1"
 """The epilogue that adds the bias."""
 
@@ -203,6 +225,11 @@ def _rows_outer_seen(
     return launch.outer(rows, grad, order, offsets, own, after, along_inner, max_autotune, seen=True)
 
 
+@_triton_op("lend_rows_seen")
+def _lend_rows_seen(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor:
+    return launch.lend(rows, offsets, lender)
+
+
 @torch.library.register_fake("moe_rewrite::sort_by_expert", lib=_LIBRARY)
 def _(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     order, inverse = (experts.new_empty(experts.shape, dtype=torch.int32) for _ in range(2))
@@ -279,9 +306,18 @@ def _outer_backward(ctx: Any, of_weight: Tensor) -> tuple[Any, ...]:
     return of_rows, of_grad, *[None] * 6
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _handed_on(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None
+
+
 torch.library.register_autograd("moe_rewrite::rows_outer", _outer_backward, setup_context=_save_outer, lib=_LIBRARY)
 if launch.HAS_TRITON:
     _rows_outer_seen.register_autograd(_outer_backward, setup_context=_save_outer)
+    _lend_rows_seen.register_autograd(_handed_on, setup_context=_save_nothing)
 
 torch.library.register_autograd("moe_rewrite::rows_mm", _backward, setup_context=_save, lib=_LIBRARY)
 if launch.HAS_TRITON:

@@ -122,6 +122,11 @@ def of_sort(pairs: int, bins: int, has_counts: bool) -> dict[str, int]:
     return {"BLOCK": max(part, power(-(-pairs // 128))), "PART": part, "COUNTED": max(16, 8192 // bins)}
 
 
+def of_lending(columns: int) -> dict[str, int]:
+    """Block sizes of ``kernels.lend``, most of whose programs do nothing: large, so that they are few."""
+    return {"BLOCK_M": 64, "BLOCK_N": min(1024, power(columns))}
+
+
 def power(size: int) -> int:
     """The next power of two."""
     return 1 << max(0, size - 1).bit_length()

@@ -17,6 +17,11 @@ from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 
 
+def is_traced(kernel: Any) -> bool:
+    """Whether a launch of ``kernel`` now becomes a part of a graph."""
+    return torch.library.wrap_triton(kernel) is not kernel
+
+
 def launch(
     kernel: Any,
     grid: Callable[[dict[str, Any]], tuple[int, ...]],
@@ -37,10 +42,10 @@ def launch(
         What it wrote: the given memory, or in a graph other tensors, which the compiler puts there.
     """
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-    wrapped = torch.library.wrap_triton(kernel)
-    if wrapped is kernel:  # nothing is being traced
+    if not is_traced(kernel):
         kernel[grid](*args, **constants)
         return [given[name] for name in written]
+    wrapped = torch.library.wrap_triton(kernel)
     configurations = [tile.kwargs for tile in getattr(kernel, "configs", ())] or [{}]
     results = triton_kernel_wrapper_functional(
         kernel_idx=wrapped.kernel_idx,

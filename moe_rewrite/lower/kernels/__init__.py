@@ -14,7 +14,8 @@ them have one name: inductor writes what a kernel calls into one file.
 """
 
 from moe_rewrite.lower.kernels.gradients import outer
+from moe_rewrite.lower.kernels.lending import lend
 from moe_rewrite.lower.kernels.products import multiply, multiply_each
 from moe_rewrite.lower.kernels.sorting import count, sort
 
-__all__ = ["count", "multiply", "multiply_each", "outer", "sort"]
+__all__ = ["count", "lend", "multiply", "multiply_each", "outer", "sort"]
