@@ -434,16 +434,15 @@ def test_sort_by_expert(poisoned, monkeypatch, pairs, groups, dtype, is_counted_
 @pytest.mark.parametrize(("pairs", "columns"), [(1, 1), (70, 20), (130, 1030)], ids=str)
 @pytest.mark.parametrize("ends", [[0], [0, 0], [3, 3, 40], [66], [200, 200]], ids=str)
 def test_lent_rows(dtype, pairs, columns, ends):
-    """Those past the last offset are those of the lender, the others what they were."""
+    """Those past the last offset are the first one, the others what they were."""
     ends = [min(end, pairs) for end in ends]
     offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     rows = drawn(pairs, columns, dtype=dtype)
     rows[ends[-1] :] = math.nan
     before = rows.clone()
-    lender = torch.tensor([ends[-1] // 2], device=DEVICE)
-    result = launches.lend(rows, offsets, lender)
+    result = launches.lend(rows, offsets)
     expected = before.clone()
-    expected[ends[-1] :] = before[lender] if ends[-1] else 0
+    expected[ends[-1] :] = before[:1] if ends[-1] else 0
     assert torch.equal(result, expected)
     assert torch.equal(rows.nan_to_num(7), before.nan_to_num(7)), "what is not traced leaves its operands alone"
 

@@ -89,12 +89,8 @@ def sort(keys):
     return launch.sort(keys, 6, seen=True)
 
 
-def lend(rows, offsets, lender):
-    return launch.lend(rows, offsets, lender)
-
-
 CASES = {
-    "rows that are lent": (lend, of(100, 64), numbers(6), numbers(1)),
+    "rows that are lent": (launch.lend, of(100, 64), numbers(6)),
     "sort of few": (sort, numbers(100, dtype=torch.int64)),
     "sort of many": (sort, numbers(4096, dtype=torch.int64)),
     "product": (multiply("", False), of(8, 64), of(6, 64, 32), numbers(32), numbers(6)),

@@ -220,7 +220,7 @@ def outer(
         return _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
 
 
-def lend(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor:
+def lend(rows: Tensor, offsets: Tensor) -> Tensor:
     """See :func:`rows_mm.lend_rows`. Compilers see it."""
     pairs, columns = rows.shape
     constants = of_lending(columns)
@@ -231,7 +231,7 @@ def lend(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor:
         return triton.cdiv(pairs, constants["BLOCK_M"]), triton.cdiv(columns, constants["BLOCK_N"])
 
     with _on(rows):
-        args = rows, offsets, lender, pairs, offsets.shape[0], columns
+        args = rows, offsets, pairs, offsets.shape[0], columns
         (result,) = visible.launch(kernels.lend, grid, args, constants, ("rows",))
     return result
 

@@ -40,7 +40,7 @@ class Pairs:
         offsets: where the pairs of each expert end, ``[num_experts]`` int32; None in token order. Pairs of no expert
             come after the last of them.
         shape: shape of the expert ids, or of the mask of one expert.
-        lender: the pair whose rows the pairs of no expert get, one number; None for the first.
+        lender: the pair whose rows the pairs of no expert get, one number; None for the first. Sorted, it is the first.
         order: which entry of the flattened expert ids each pair is, ``[P]``, the inverse of ``inverse``; None where
             that is, and where there are no gradients.
     """
@@ -116,13 +116,19 @@ class Pairs:
         """The same pairs with those of one expert side by side, without synchronisation with the device."""
         if self.offsets is not None:
             return self
-        key = self.expert if self.valid is None else torch.where(self.valid, self.expert, num_experts)
+        key = self.key if self.valid is None else torch.where(self.valid, self.key, num_experts)
         order, inverse, offsets = sort_by_expert(key, num_experts)
-        expert, position = self.expert[order], self.position[order]
-        valid, key = (None, expert) if self.valid is None else (self.valid[order], key[order])
-        lender = None if self.lender is None else inverse.index_select(0, self.lender.reshape(1))
         kept = order if needs_grad else None
-        return Pairs(expert, valid, position, inverse, key, offsets, self.shape, lender, kept)
+        if self.valid is None:
+            expert = key[order]
+            return Pairs(expert, None, self.position[order], inverse, expert, offsets, self.shape, order=kept)
+        valid = torch.arange(order.shape[0], device=order.device) < offsets[-1:]
+        if self.lender is None:
+            expert, position = self.expert[order], self.position[order]
+        else:  # the first pair of the sorted ones lends: to find it takes no search
+            position = torch.where(valid, order, order[:1])
+            expert = key[position].clamp(max=num_experts - 1)
+        return Pairs(expert, valid, position, inverse, key[order], offsets, self.shape, order=kept)
 
     def coordinate(self, axis: int | None) -> Tensor:
         """Where each pair stands along an axis of the expert ids, ``[P]`` int64; 0 for an axis of length 1 (None)."""
@@ -149,17 +155,21 @@ class Pairs:
         """The same for what a grouped product just gave, whose gradient for pairs of no expert nothing looks at."""
         if self.valid is None:
             return rows
-        assert self.offsets is not None and self.lender is not None
-        lent = rows_mm.lend_rows(rows, self.offsets, self.lender)
+        assert self.offsets is not None, "pairs of a grouped product are sorted"
+        lent = rows_mm.lend_rows(rows, self.offsets)
         return self.lend(rows) if lent is None else lent
 
     def harmless_index(self, index: Tensor) -> Tensor:
         """An index for each pair, 0 where no pair at all counts: what the ids lead to could be out of range there."""
-        return index if self.valid is None else torch.where(self.valid.any(), index, 0)
+        return index if self.valid is None else torch.where(self._any_valid(), index, 0)
 
     def harmless_rows(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]``, ones where no pair at all counts: NaN would reach the gradients of weights."""
-        return rows if self.valid is None else torch.where(self.valid.any(), rows, 1)
+        return rows if self.valid is None else torch.where(self._any_valid(), rows, 1)
+
+    def _any_valid(self) -> Tensor:
+        assert self.valid is not None
+        return self.valid.any() if self.offsets is None else self.offsets[-1] > 0
 
     def to_token_order(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` of these pairs in the order of the expert ids."""

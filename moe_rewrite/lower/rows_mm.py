@@ -125,8 +125,8 @@ def rows_outer(
     return result
 
 
-def lend_rows(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor | None:
-    """``rows`` with the row ``lender`` in the place of those past the last offset; zeros where that is past it, too.
+def lend_rows(rows: Tensor, offsets: Tensor) -> Tensor | None:
+    """``rows`` with the first row in the place of those past the last offset; zeros where that is past it, too.
 
     The gradient is handed on as it is. So this is for what a grouped product gave, which looks at none past the last
     offset: a ``where`` would read and write all rows to change few, forward and backward.
@@ -134,14 +134,13 @@ def lend_rows(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor | None:
     Args:
         rows: ``[P, N]``, contiguous and not used by anything else: they are changed in place.
         offsets: where the rows of each expert end, ``[E]`` int32.
-        lender: the number of a row, ``[1]`` of an integer dtype.
 
     Returns:
         ``[P, N]``; None where compilers do not see the kernels.
     """
-    if not _is_seen(rows, offsets, lender) or not rows.is_contiguous() or rows.numel() == 0:
+    if not _is_seen(rows, offsets) or not rows.is_contiguous() or rows.numel() == 0:
         return None
-    result: Tensor = _lend_rows_seen(rows, offsets, lender)
+    result: Tensor = _lend_rows_seen(rows, offsets)
     return result
 
 
@@ -226,8 +225,8 @@ def _rows_outer_seen(
 
 
 @_triton_op("lend_rows_seen")
-def _lend_rows_seen(rows: Tensor, offsets: Tensor, lender: Tensor) -> Tensor:
-    return launch.lend(rows, offsets, lender)
+def _lend_rows_seen(rows: Tensor, offsets: Tensor) -> Tensor:
+    return launch.lend(rows, offsets)
 
 
 @torch.library.register_fake("moe_rewrite::sort_by_expert", lib=_LIBRARY)
@@ -311,7 +310,7 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _handed_on(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None
+    return grad, None
 
 
 torch.library.register_autograd("moe_rewrite::rows_outer", _outer_backward, setup_context=_save_outer, lib=_LIBRARY)
