@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +10,18 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
 from moe_rewrite.config import Options
-from moe_rewrite.lower import rows_mm
+from moe_rewrite.lower import descriptors
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile ``gm`` with the inner compiler, exactly as ``torch.compile(backend=inner, ...)`` would."""
+    with descriptors.in_graph(example_inputs):
+        return _compile(gm, example_inputs, options)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     inner_options = dict(options.inner_options)
     if options.inner == "inductor":
-        _prepare_inductor()
         # What torch.compile itself makes of mode= and options= for inductor. Private; torch 2.11, 2.13, 2.15.
         wrapper = torch._TorchCompileInductorWrapper(options.mode, inner_options, None)
         compiled: Callable[..., Any] = wrapper(gm, example_inputs)
@@ -31,15 +34,3 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     inner: Callable[..., Any] = lookup_backend(options.inner)  # type: ignore[assignment]
     result: Callable[..., Any] = inner(gm, example_inputs, **kwargs)
     return result
-
-
-@functools.cache
-def _prepare_inductor() -> None:
-    """Tell inductor that operators of ours read memory, which it else knows from their second use in a process on.
-
-    Until then it computes what several of them use once for each. Private; seen in torch 2.11 and 2.13.
-    """
-    from torch._inductor.lowering import add_needs_realized_inputs
-
-    for operator in rows_mm.OPAQUE:
-        add_needs_realized_inputs(operator)

@@ -206,6 +206,10 @@ def generate(given: argparse.Namespace) -> tuple[list[Graph], dict[int, str]]:
     """What inductor makes of one block of experts: forward, and backward if asked for; and the name of each input."""
     from torch._subclasses import FakeTensorMode
 
+    from moe_rewrite.lower import launch
+
+    if given.described:
+        launch.MUCH_WORK = 0
     graphs: list[Graph] = []
     keep_code(graphs)
     dtype, shape = getattr(torch, given.dtype), (given.tokens, given.top_k)
@@ -269,6 +273,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", default="mixtral", choices=["mixtral", "gpt_oss"])
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--dynamic", action="store_true")
+    parser.add_argument("--described", action="store_true", help="read by descriptors, however little there is to do")
     parser.add_argument("--mode", default="default")
     parser.add_argument("--dtype", default="bfloat16")
     sizes = {"tokens": 16, "num-experts": 60, "hidden": 2048, "intermediate": 1408, "top-k": 4}  # Qwen1.5-MoE

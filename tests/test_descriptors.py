@@ -109,7 +109,7 @@ def test_an_expert_is_an_experts_own(poisoned, described, bad):
     assert not outer[2].isfinite().any()
     for expert in (0, 1, 3, 4):
         assert torch.equal(outer[expert], clean_outer[expert])
-    assert len(described) == 2 * (2 + 2)
+    assert len(described) == 2 * (2 + 3)
 
 
 @needs_interpreter
@@ -131,7 +131,7 @@ def test_gradient_of_weights(poisoned, described, dtype, along_inner, gathered, 
     left, right = rows[of_pair].double(), grad.double()
     exact = torch.einsum("ep,pk,pn->ekn", member, left, right)
     assert_near(result, exact, torch.einsum("ep,pk,pn->ekn", member, left.abs(), right.abs()), PAIRS)
-    assert len(described) == 2
+    assert len(described) == 3  # both operands and the result
 
 
 @needs_interpreter
@@ -166,7 +166,7 @@ def test_backward(poisoned, described, layout):
         for left, right in ((rows.double(), grad.double()), (rows.double().abs(), grad.double().abs()))
     )
     assert_near(weight.grad, exact.detach(), size.detach(), PAIRS)
-    assert len(described) == 2 + 2  # the weight, twice in one direction, and both sides of its gradient
+    assert len(described) == 2 + 3  # the weight, twice in one direction; both sides of its gradient, and that
 
 
 @needs_interpreter

@@ -666,16 +666,15 @@ def _with_tile(constants: dict[str, Any], tile: tiles.Tile) -> tuple[dict[str, A
     return {**constants, **dict(tile.blocks)}, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _outer(shape: Shape, dtype: str, wide: bool = True, described: bool = False) -> list[tuple[Any, ...]]:
+def _outer(shape: Shape, dtype: str, wide: bool = True, described: bool = False, stored: str = "") -> list[Any]:
     constants = {"HAS_ORDER": not described, "PRECISION": "ieee", "WIDEN": False, "rows_k": 1, "grad_n": 1}
-    constants |= {"DESCRIBED": described, "result_k" if described else "result_n": 1}
-    found = tiles.of_gradients(shape.inner, shape.columns, getattr(torch, dtype), wide, described)
-    pointers: tuple[Any, ...] = ("rows grad described_rows described_grad result", "order offsets", "")
-    if described:
-        sides = {"described_rows": "BLOCK_K", "described_grad": "BLOCK_N"}
-        blocks = dict(found[0].blocks)
-        block = {name: [blocks["BLOCK_M"], blocks[side]] for name, side in sides.items()}
-        pointers = ("rows grad result", "order offsets", "", block)
+    constants |= {"DESCRIBED": described, "STORED": stored, "result_k" if described else "result_n": 1}
+    found = tiles.of_gradients(shape.inner, shape.columns, getattr(torch, dtype), wide, described, bool(stored))
+    m, k, n = (dict(found[0].blocks)[f"BLOCK_{name}"] for name in "MKN")
+    block = {"described_rows": [m, k], "described_grad": [m, n]} if described else {}
+    block |= {"described_result": [1, n, k] if stored == "inner" else [1, k, n]} if stored else {}
+    of_dtype = ["rows", "grad", "result", "described_rows", "described_grad", "described_result"]
+    pointers = (" ".join(name for name in of_dtype if name not in block), "order offsets", "", block)
     return [("outer", dtype, *_with_tile(constants, tile), pointers) for tile in found]
 
 
@@ -713,6 +712,8 @@ COMPILED = {
     "one by one, along columns": (_each(GPT_OSS_ALONG_N, "bfloat16"), (90,)),
     "gradient of the weight": (_outer(QWEN_DOWN, "bfloat16"), (90, 100)),
     "gradient of the weight, described": (_outer(QWEN_DOWN, "bfloat16", described=True), (90, 100)),
+    "gradient of the weight, stored": (_outer(QWEN_DOWN, "bfloat16", stored="inner"), (90, 100)),
+    "gradient of the weight, described and stored": (_outer(QWEN_DOWN, "float16", True, True, "columns"), (90, 100)),
     "gradient of the weight, narrow": (_outer(QWEN_DOWN, "bfloat16", wide=False), (80, 89)),
     "gradient of the weight in float32": (_outer(QWEN_DOWN, "float32"), (90,)),
     "sort": (_sort(4096 * 4, 60), (80, 90)),

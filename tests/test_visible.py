@@ -104,27 +104,60 @@ CASES = {
     "gradient": (outer(True, False), of(8, 64), of(32, 48), numbers(32), numbers(6)),
     "gradient, tuned": (outer(False, True), of(8, 64), of(32, 48), numbers(32), numbers(6)),
 }
+launch._stores_gradients = lambda result: False  # torch.library.wrap_triton takes no descriptors, up to torch 2.13
 ours = visible.launch
 for name, (function, *tensors) in CASES.items():
     tensors = [torch.empty_like(tensor, device="cpu") for tensor in tensors]
     print(json.dumps([name, *(traced(one, function, tensors) for one in (ours, by_torch))]), flush=True)
 '''
 
+DESCRIBED = (
+    TRACED[: TRACED.index("CASES =")]
+    + """
+launch.MUCH_WORK = 0
+ours = visible.launch
+weight = of(6, 32, 64).transpose(1, 2)
+for function, *tensors in (
+    (multiply("", False), of(400, 64), weight, numbers(1600), numbers(6)),
+    (outer(True, False), of(400, 64), of(1600, 48), numbers(1600), numbers(6)),
+    (outer(False, True), of(8, 64), of(32, 48), numbers(32), numbers(6)),
+):
+    tensors = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
+    (found,) = traced(ours, function, tensors)
+    print(re.search("tma_descriptor_metadata = {(.*?)}", found)[1])
+"""
+)
 
-def test_graphs_as_torch_makes_them(tmp_path):
+
+def _said(program: str, tmp_path: pathlib.Path) -> list[str]:
+    """What a program prints in a process of its own."""
     root = pathlib.Path(moe_rewrite.__file__).parent.parent
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     said = subprocess.run(
-        [sys.executable, "-c", TRACED],
+        [sys.executable, "-c", program],
         env={**clean, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert said.returncode == 0, said.stderr[-3000:]
-    found = [json.loads(line) for line in said.stdout.splitlines()]
+    return said.stdout.splitlines()
+
+
+def test_graphs_as_torch_makes_them(tmp_path):
+    found = [json.loads(line) for line in _said(TRACED, tmp_path)]
     assert len(found) == 10
     for name, ours, by_torch in found:
         assert len(ours) == (2 if name == "sort of many" else 1), name
         assert ours == by_torch, name
         assert ("1), (" in ours[0]) == name.endswith("tuned"), "a grid for each tile"
+
+
+def test_descriptors_in_graphs(tmp_path):
+    """Blocks of what is read and written by descriptors, the contiguous dimension last."""
+    assert _said(DESCRIBED, tmp_path) == [
+        "'weight': ('stable', ((1, 32, 64),)), 'second_weight': ('stable', ((1, 32, 64),))",
+        "'described_rows': ('stable', ((32, 64),)), 'described_grad': ('stable', ((32, 64),)), "
+        "'described_result': ('stable', ((1, 64, 64),))",
+        "'described_result': ('stable', ((1, 64, 64),))",
+    ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from moe_rewrite.lower.launch import MAX_HALVED_ROWS, available, describes
+from moe_rewrite.lower.launch import MAX_HALVED_ROWS, available
 from moe_rewrite.lower.rows_mm import ADD_VECTOR, DTYPES, rows_mm, rows_outer
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
@@ -103,9 +103,9 @@ def _device_has_kernel(device: torch.device) -> bool:
 def _is_faster_with_ours(rows: Tensor, weight: Tensor) -> bool:
     """Whether our kernel is the faster one of the two that there are: on an H200, and not for very many rows."""
     pairs = rows.shape[0]
-    if not describes([weight], pairs) or not _has_kernel_of_ours(rows):
+    if not isinstance(pairs, int) or not _has_kernel_of_ours(rows):
         return False
-    return torch.cuda.get_device_capability(rows.device)[0] == 9 and bool(pairs <= MAX_HALVED_ROWS * weight.shape[0])
+    return bool(torch.cuda.get_device_capability(rows.device)[0] == 9 and pairs <= MAX_HALVED_ROWS * weight.shape[0])
 
 
 def _has_kernel_of_ours(rows: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.lower import kernels, visible
-from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, can_be_described, describe, is_aligned
+from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, Described, can_be_described, describe, is_aligned
 from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_lending, of_products, of_single_rows, of_sort, power
 
 try:
@@ -25,7 +25,7 @@ FEW = 2048
 MANY_ROWS = 49
 """From how many rows an expert on operands are read by descriptors, where they can be: tiles have 128 rows there."""
 MUCH_WORK = 4 * 10**10
-"""From how many multiplications on: some 130 us on an H200. A launch in an operator takes some 300 us of the host."""
+"""From how many multiplications on: some 130 us on an H200. For less nothing was seen to be gained."""
 MAX_HALVED_ROWS = 511
 """Up to how many rows an expert its last ones are multiplied as half a tile: it costs the other tiles some 4 %."""
 
@@ -62,6 +62,14 @@ def describes_gradients(
     if not _is_much_work(groups, rows, inner, columns, dtype, device):
         return False
     return bool(inner % 8 == 0 and columns % 8 == 0)
+
+
+def _stores_gradients(result: Tensor) -> bool:
+    """Whether gradients of weights are written through a descriptor: a third faster where experts have few rows.
+
+    The memory is ours, so it starts at an aligned address.
+    """
+    return result.dtype.itemsize == 2 and _multiplies_wide(result.device) and can_be_described(result)
 
 
 def _is_much_work(groups: int, rows: Any, inner: Any, columns: Any, dtype: torch.dtype, device: torch.device) -> bool:
@@ -129,6 +137,7 @@ def multiply(
     result = rows.new_empty(pairs, columns, dtype=dtype)
     if result.numel() == 0:
         return result
+    rows = visible.computed_once(kernels.multiply, rows)
     told = experts if experts is not None else offsets
     assert told is not None
     told = told.contiguous()
@@ -168,8 +177,9 @@ def multiply(
         constants |= {"TILES_TOGETHER": 8, "HALVES": halves, "GROUPS": power(groups + 1)}
         constants |= _how_to_multiply(rows, order)
         by = told if order is None else order.contiguous()
-        constants["DESCRIBED"] = not seen and describes(weights, pairs) and all(map(is_aligned, weights))
+        constants["DESCRIBED"] = describes(weights, pairs) and _are_aligned(kernels.multiply, *weights)
         if constants["DESCRIBED"]:
+            tiles = tiles[:1]
             blocks = dict(tiles[0].blocks)
             width = blocks["BLOCK_N"] * (2 if interleaved else 1)
             both = [describe(weight, 1, blocks["BLOCK_K"], width) for weight in [*weights, *weights][:2]]
@@ -194,11 +204,13 @@ def outer(
     groups, inner, columns = result.shape
     if result.numel() == 0:
         return result
-    described = not seen and describes_gradients(groups, grad.shape[0], inner, columns, rows.dtype, rows.device)
+    rows, grad = (visible.computed_once(kernels.outer, one) for one in (rows, grad))
+    described = describes_gradients(groups, grad.shape[0], inner, columns, rows.dtype, rows.device)
+    stored = _stores_gradients(result)
     if described:
         rows, grad = _sorted(rows, grad.shape[0], order, own, after), _sorted(grad, grad.shape[0], order, 0, 1)
         order, own, after = None, 0, 1
-    tiles = of_gradients(inner, columns, rows.dtype, _multiplies_wide(rows.device), described)
+    tiles = of_gradients(inner, columns, rows.dtype, _multiplies_wide(rows.device), described, stored)
 
     def grid(meta: Any) -> tuple[int]:
         return (groups * triton.cdiv(inner, meta["BLOCK_K"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
@@ -207,17 +219,22 @@ def outer(
     with _on(rows):
         by = offsets if order is None else order.contiguous()
         sizes = inner, columns, own or max(1, grad.shape[0]), after
-        both = rows, grad
-        if described:
+        both: tuple[Any, Any] = (rows, grad)
+        given: tuple[Any, Any] = (result, offsets)  # in the place of what is not there stands something else
+        if described or stored:
+            tiles = tiles[:1]
             blocks = dict(tiles[0].blocks)
-            both = (
-                describe(rows, blocks["BLOCK_M"], blocks["BLOCK_K"]),
-                describe(grad, blocks["BLOCK_M"], blocks["BLOCK_N"]),
-            )
+            m, k, n = (blocks[f"BLOCK_{name}"] for name in "MKN")
+            both = (describe(rows, m, k), describe(grad, m, n)) if described else both
+            given = (rows, describe(result, 1, k, n)) if stored else given
         strides = *rows.stride(), *grad.stride(), *result.stride()
-        args = rows, grad, *both, by, offsets, result, *sizes, *strides
+        args = rows, grad, *both, by, offsets, *given, *sizes, *strides
         constants = {**_how_to_multiply(rows, order), "DESCRIBED": described}
-        return _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
+        constants["STORED"] = ("inner" if along_inner else "columns") if stored else ""
+        if not stored:
+            return _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen)
+        memory = _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen, "described_result")
+        return memory.transpose(1, 2) if along_inner else memory
 
 
 def lend(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -250,11 +267,8 @@ def _sorted(rows: Tensor, pairs: int, order: Tensor | None, own: int, after: int
         return rows[order // after % own if own else order]
     if own:
         return rows[torch.arange(pairs, device=rows.device) // after % own]
-    return (
-        rows
-        if can_be_described(rows) and rows.stride(1) == 1 and is_aligned(rows)
-        else rows.clone(memory_format=torch.contiguous_format)
-    )
+    is_ready = can_be_described(rows) and rows.stride(1) == 1 and _are_aligned(kernels.outer, rows)
+    return rows if is_ready else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _tiled(
@@ -265,14 +279,20 @@ def _tiled(
     constants: dict[str, Any],
     max_autotune: bool,
     seen: bool,
+    written: str = "result",
 ) -> Tensor:
     """Launch with the first tile. What compilers see they can tune, on the arguments of the first call."""
     if seen:
         tuned = _autotuned(kernel, tiles if max_autotune else tiles[:1])
-        (result,) = visible.launch(tuned, grid, args, constants, ("result",))
+        (result,) = visible.launch(tuned, grid, args, constants, (written,))
     else:
-        (result,) = _launch(kernel, grid, args, {**constants, **tiles[0].arguments()}, ("result",))
+        (result,) = _launch(kernel, grid, args, {**constants, **tiles[0].arguments()}, (written,))
     return result
+
+
+def _are_aligned(kernel: Any, *tensors: Tensor) -> bool:
+    """Whether the tensors' memory starts at aligned addresses. In a graph it does, see ``descriptors.in_graph``."""
+    return visible.is_traced(kernel) or all(map(is_aligned, tensors))
 
 
 def _launch(
@@ -283,8 +303,9 @@ def _launch(
     written: tuple[str, ...],
 ) -> list[Tensor]:
     """Launch a kernel that compilers do not see, see :func:`visible.launch`."""
-    kernel[grid(constants)](*args, **constants)
-    return [args[kernel.arg_names.index(name)] for name in written]
+    kernel[grid(constants)](*(arg.descriptor() if isinstance(arg, Described) else arg for arg in args), **constants)
+    found = (args[kernel.arg_names.index(name)] for name in written)
+    return [one.tensor if isinstance(one, Described) else one for one in found]
 
 
 @functools.cache

@@ -4,8 +4,7 @@ They take any strides and sizes, bf16, fp16 and fp32, read nothing back from the
 
 Each operator is there twice. Where all sizes are known it is one of ``torch.library.triton_op``: compilers see the
 kernels, launch them like their own and plan memory for them. Where sizes are symbols, choosing tiles would tie the
-graph to ranges of sizes: there it is an operator that they do not see into, which chooses when it is called. So it is
-where operands are read by descriptors (``launch.describes``).
+graph to ranges of sizes: there it is an operator that they do not see into, which chooses when it is called.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ _LIBRARY.define(
     "bool along_inner, bool max_autotune) -> Tensor"
 )
 _LIBRARY.define("sort_by_expert(Tensor experts, SymInt groups) -> (Tensor, Tensor, Tensor)")
-OPAQUE = tuple(getattr(torch.ops.moe_rewrite, name) for name in ("rows_mm", "rows_outer", "sort_by_expert"))
-"""Those that compilers do not see into."""
 
 
 def sort_by_expert(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +85,6 @@ def rows_mm(
     """
     pairs, own, after = gather or (rows.shape[0], 0, 1)
     is_seen = _is_seen(rows, *weights, *vectors, order, offsets, experts, pairs, own, after)
-    is_seen = is_seen and (experts is not None or not launch.describes(weights, pairs))
     multiply = _rows_mm_seen if is_seen else torch.ops.moe_rewrite.rows_mm
     how = interleaved, epilogue, dtype or rows.dtype, max_autotune
     result: Tensor = multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how)
@@ -118,8 +114,6 @@ def rows_outer(
         max_autotune: see :func:`rows_mm`.
     """
     is_seen = _is_seen(rows, grad, order, offsets, own, after)
-    sizes = offsets.shape[0], grad.shape[0], rows.shape[1], grad.shape[1]
-    is_seen = is_seen and not launch.describes_gradients(*sizes, rows.dtype, rows.device)
     multiply = _rows_outer_seen if is_seen else torch.ops.moe_rewrite.rows_outer
     result: Tensor = multiply(rows, grad, order, offsets, own or 0, after, along_inner, max_autotune)
     return result

@@ -93,10 +93,21 @@ def of_single_rows(inner: int, columns: int, products: int, is_along_inner: bool
 
 
 @functools.lru_cache(1024)
-def of_gradients(inner: int, columns: int, dtype: torch.dtype, wide: bool, described: bool = False) -> tuple[Tile, ...]:
-    """For ``kernels.outer``, which adds up ``BLOCK_M`` rows at a time, through descriptors or without."""
-    if described:
-        sizes = [(32, 128, 128, 4, 4)]
+def of_gradients(
+    inner: int, columns: int, dtype: torch.dtype, wide: bool, described: bool = False, stored: bool = False
+) -> tuple[Tile, ...]:
+    """For ``kernels.outer``, which adds up ``BLOCK_M`` rows at a time. With descriptors there is one tile.
+
+    Args:
+        inner: rows of a gradient.
+        columns: its columns.
+        dtype: of the operands.
+        wide: see :func:`of_products`.
+        described: whether operands are read by descriptors.
+        stored: whether the result is written by one.
+    """
+    if described or stored:
+        sizes = [(32, 128, 128, 4, 4 if described else 3)]
     elif dtype.itemsize == 4:
         sizes = [(32, 64, 64, 4, 3)]
     elif wide:

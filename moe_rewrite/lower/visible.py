@@ -16,10 +16,26 @@ from torch import Tensor
 # Seen to work in 2.11, 2.13 and 2.15.
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 
+from moe_rewrite.lower.descriptors import Described
+
 
 def is_traced(kernel: Any) -> bool:
     """Whether a launch of ``kernel`` now becomes a part of a graph."""
     return torch.library.wrap_triton(kernel) is not kernel
+
+
+def computed_once(kernel: Any, tensor: Tensor) -> Tensor:
+    """``tensor``, which ``kernel`` and others read: in a graph, what inductor has in memory before the first of them.
+
+    Inductor asks for each operand of a kernel by itself, and so computes one that is in no memory yet for each of them.
+    An operator of its own that fixes strides ends that. It is there in 2.11, 2.13 and 2.15.
+    """
+    if not is_traced(kernel):
+        return tensor
+    import torch._inductor.inductor_prims  # where it is registered
+
+    fixed: Tensor = torch.ops.prims.inductor_force_stride_order.default(tensor, tensor.stride())
+    return fixed
 
 
 def launch(
@@ -34,7 +50,7 @@ def launch(
     Args:
         kernel: of ``triton.jit``, or of ``triton.autotune`` on top of that.
         grid: its grid, by what a configuration says.
-        args: its first arguments.
+        args: its first arguments, descriptors among them.
         constants: its other arguments by name, without what configurations say.
         written: the names of those that it writes.
 
@@ -43,16 +59,25 @@ def launch(
     """
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
     if not is_traced(kernel):
-        kernel[grid](*args, **constants)
-        return [given[name] for name in written]
+        kernel[grid](*(arg.descriptor() if isinstance(arg, Described) else arg for arg in args), **constants)
+        return [_memory(given[name]) for name in written]
     wrapped = torch.library.wrap_triton(kernel)
     configurations = [tile.kwargs for tile in getattr(kernel, "configs", ())] or [{}]
     results = triton_kernel_wrapper_functional(
         kernel_idx=wrapped.kernel_idx,
         constant_args_idx=kernel_side_table.add_constant_args({}),
         grid=[(*grid(said), 1, 1)[:3] for said in configurations],
-        tma_descriptor_metadata={},
-        kwargs=given,
+        tma_descriptor_metadata={
+            # As `create_tma_stable_metadata` has it. The blocks are hashed, so they are no list.
+            name: ("stable", (arg.block,))
+            for name, arg in given.items()
+            if isinstance(arg, Described)
+        },
+        kwargs={name: _memory(arg) for name, arg in given.items()},
         tensors_to_clone=list(written),
     )
     return [results[name] for name in written]
+
+
+def _memory(arg: Any) -> Any:
+    return arg.tensor if isinstance(arg, Described) else arg

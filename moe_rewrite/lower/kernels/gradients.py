@@ -33,6 +33,7 @@ def outer(
     order,
     offsets,
     result,
+    described_result,
     inner,
     columns,
     own,
@@ -49,6 +50,7 @@ def outer(
     BLOCK_K: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -57,6 +59,9 @@ def outer(
     With descriptors (``DESCRIBED``) of blocks of ``rows`` and ``grad`` whole blocks are read through them. Each pair
     has its own row then, and pairs are sorted. What is left of a group is read with masks: the rows that follow are of
     another group, and may hold anything.
+
+    ``STORED`` says that the result is written through a descriptor, and which of its dimensions comes last there:
+    "inner" or "columns"; it is empty where there is none.
     """
     # All tiles of a group, then those of the next: they share its rows in the cache.
     blocks_k = tl.cdiv(inner, BLOCK_K)
@@ -88,7 +93,12 @@ def outer(
             total = _outer_of_rows(
                 *given, start, stop, k, n, total, sizes, strides, BLOCK_M, HAS_ORDER, PRECISION, WIDEN
             )
-    to = (
-        result + group.to(tl.int64) * result_e + k[:, None].to(tl.int64) * result_k + n[None, :].to(tl.int64) * result_n
-    )
-    tl.store(to, total.to(result.dtype.element_ty), mask=(k[:, None] < inner) & (n[None, :] < columns))
+    value = total.to(result.dtype.element_ty)
+    if STORED == "inner":
+        described_result.store([group, begin_n, begin_k], value.T.reshape(1, BLOCK_N, BLOCK_K))
+    elif STORED == "columns":
+        described_result.store([group, begin_k, begin_n], value.reshape(1, BLOCK_K, BLOCK_N))
+    else:
+        to = result + group.to(tl.int64) * result_e
+        to += k[:, None].to(tl.int64) * result_k + n[None, :].to(tl.int64) * result_n
+        tl.store(to, value, mask=(k[:, None] < inner) & (n[None, :] < columns))
