@@ -17,6 +17,9 @@ from moe_rewrite.lower.adjoints import permuted, repeated, slot_sum
 ORDER = torch.tensor([3, 0, 4, 1, 2])
 INVERSE = ORDER.argsort()
 
+EXPERT = torch.tensor([0, 0, 2, 3, 3, 3])
+OFFSETS = torch.tensor([2, 2, 3, 6], dtype=torch.int32)
+
 operator = torch.ops.moe_rewrite.repeated
 CASES = {
     "permuted": (lambda x: permuted(x, ORDER, INVERSE), lambda x: x[ORDER], (5, 3)),
@@ -27,6 +30,7 @@ CASES = {
     "both": (lambda x: operator(x, 3, 2), lambda x: x.repeat_interleave(2, 0).repeat(3, 1), (5, 3)),
     "as they are": (lambda x: repeated(x, 1, 1), lambda x: x, (5, 3)),
     "no rows": (lambda x: operator(x, 1, 4), lambda x: x.repeat_interleave(4, 0), (0, 3)),
+    "of the expert": (lambda x: adjoints.of_expert(x, EXPERT, OFFSETS), lambda x: x[EXPERT], (4, 3)),
     "sum of ten slots": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 1), lambda x: x.sum(1), (5, 10, 3)),
     "sum of the first": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 0), lambda x: x.sum(0), (9, 5)),
 }

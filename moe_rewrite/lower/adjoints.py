@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode  # seen to work in 2.11, 2.13 and 2.15
 
+from moe_rewrite.lower.grouped_product import grouped_sum
+
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("permuted(Tensor rows, Tensor order, Tensor inverse) -> Tensor")
 _LIBRARY.define("repeated(Tensor rows, SymInt before, SymInt after) -> Tensor")
 _LIBRARY.define("slot_sum(Tensor rows, int dim) -> Tensor")
+_LIBRARY.define("of_expert(Tensor table, Tensor expert, Tensor offsets) -> Tensor")
 
 UNROLLED = range(8, 17)
 """How many slots are added one by one. Fewer are by inductor, which makes a slow reduction of these (2.11, H200)."""
@@ -58,6 +61,20 @@ def slot_sum(rows: Tensor, dim: int) -> Tensor:
     if rows.device.type != "cuda" or not rows.is_floating_point() or not is_unrolled(rows.shape[dim]):
         return rows.sum(dim)
     result: Tensor = torch.ops.moe_rewrite.slot_sum(rows, dim)
+    return result
+
+
+def of_expert(table: Tensor, expert: Tensor, offsets: Tensor) -> Tensor:
+    """``table[expert]``, whose gradient is a sum over the rows of each expert, in float32 where the dtype is lower.
+
+    The gradient of an index is added by atomics on a GPU: slow, and in another order each time.
+
+    Args:
+        table: ``[E, N]``.
+        expert: the expert of each row, ``[P]`` int64, sorted but for the rows past the last offset.
+        offsets: where the rows of each expert end, ``[E]`` int32. Gradients past the last are not looked at.
+    """
+    result: Tensor = torch.ops.moe_rewrite.of_expert(table, expert, offsets)
     return result
 
 
@@ -110,6 +127,15 @@ def _added_up(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return slot_sum(by_slot.squeeze(0), 1) if once else by_slot.sum((0, 2)), None, None
 
 
+def _save_offsets(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _summed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return grouped_sum(grad, offsets), None, None
+
+
 def _spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (dim,) = ctx.sizes
     return grad.unsqueeze(dim).expand(ctx.shape), None
@@ -120,3 +146,6 @@ _register(
 )
 _register("repeated", _repeat, _repeat, _save_sizes, _added_up)
 _register("slot_sum", _add_slots, lambda rows, dim: rows.sum(dim), _save_sizes, _spread)
+_register(
+    "of_expert", lambda table, expert, _: table[expert], lambda table, expert, _: table[expert], _save_offsets, _summed
+)

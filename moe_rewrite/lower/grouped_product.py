@@ -41,7 +41,7 @@ def grouped_product(
         result = torch.nn.functional.grouped_mm(rows.contiguous(), weight, offs=offsets)
         # A slice of everything: its gradient is a copy. The kernel takes no gradient that is expanded or strided.
         return torch.ops.aten.slice.Tensor(result, 1, 0, sys.maxsize)
-    if _has_kernel_of_ours(rows):
+    if has_kernel_of_ours(rows):
         vectors, epilogue = ([], "") if bias is None else ([bias], ADD_VECTOR)
         return rows_mm(rows, [weight], vectors, offsets=offsets, epilogue=epilogue, max_autotune=max_autotune)
     return torch.ops.moe_rewrite.grouped_mm(rows, weight, offsets, bias)
@@ -59,7 +59,7 @@ def grouped_outer(rows: Tensor, grad: Tensor, offsets: Tensor, along_inner: bool
     Returns:
         ``[E, K, N]``, zero for a group without rows. Rows past the last offset count for nothing.
     """
-    if _has_kernel_of_ours(rows):
+    if has_kernel_of_ours(rows):
         return rows_outer(rows, grad, offsets, along_inner=along_inner)
     if along_inner:
         return torch.ops.moe_rewrite.grouped_outer(grad, rows, offsets).transpose(1, 2)
@@ -103,12 +103,13 @@ def _device_has_kernel(device: torch.device) -> bool:
 def _is_faster_with_ours(rows: Tensor, weight: Tensor) -> bool:
     """Whether our kernel is the faster one of the two that there are: on an H200, and not for very many rows."""
     pairs = rows.shape[0]
-    if not isinstance(pairs, int) or not _has_kernel_of_ours(rows):
+    if not isinstance(pairs, int) or not has_kernel_of_ours(rows):
         return False
     return bool(torch.cuda.get_device_capability(rows.device)[0] == 9 and pairs <= MAX_HALVED_ROWS * weight.shape[0])
 
 
-def _has_kernel_of_ours(rows: Tensor) -> bool:
+def has_kernel_of_ours(rows: Tensor) -> bool:
+    """Whether kernels of ours multiply ``rows``, and sum them."""
     return rows.device.type == "cuda" and rows.dtype in DTYPES and available(rows.device)
 
 

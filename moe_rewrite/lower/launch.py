@@ -230,6 +230,8 @@ def outer(
         strides = *rows.stride(), *grad.stride(), *result.stride()
         args = rows, grad, *both, by, offsets, *given, *sizes, *strides
         constants = {**_how_to_multiply(rows, order), "DESCRIBED": described}
+        if inner == 1:  # a sum, which torch computes in full precision
+            constants["PRECISION"] = "ieee"
         constants["STORED"] = ("inner" if along_inner else "columns") if stored else ""
         if not stored:
             return _tiled(kernels.outer, tiles, grid, args, constants, max_autotune, seen)

@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, TopKDispatch, Value
 from moe_rewrite.lower import combine
+from moe_rewrite.lower.adjoints import of_expert
 from moe_rewrite.lower.gathers import gather_of
+from moe_rewrite.lower.grouped_product import has_kernel_of_ours
 from moe_rewrite.lower.pairs import Pairs
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -229,7 +231,12 @@ class Lifted:
             return product(rows, weight)
         if self._with_bias is not None:
             return self._with_bias(rows, weight, bias)
-        return product(rows, weight) + _gather(bias, (pairs.expert,))
+        return product(rows, weight) + self._of_expert(pairs, bias)
+
+    def _of_expert(self, pairs: Pairs, table: Tensor) -> Tensor:
+        if self.needs_grad and pairs.offsets is not None and table.dim() == 2 and has_kernel_of_ours(table):
+            return of_expert(table, pairs.expert, pairs.offsets)
+        return _gather(table, (pairs.expert,))
 
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
         if step.result in self._instead:
@@ -255,7 +262,7 @@ class Lifted:
             return _gather(value, (pairs.expert, *(self._harmless(pairs, index) for index in indices)))
         if step.op is Primitive.GATHER_EXPERT:
             value, rank = args
-            gathered = _gather(value, (pairs.expert,))
+            gathered = self._of_expert(pairs, value)
             own = gathered.shape[1:] if gathered.dim() <= rank else gathered.shape[2:]
             return gathered.reshape(-1, *[1] * (rank - 1 - len(own)), *own) if gathered.dim() != rank else gathered
         result = step.op(*args, **kwargs)  # type: ignore[operator]
