@@ -265,7 +265,7 @@ def test_searches_where_it_is_asked_for(monkeypatch, experts, module_of_it, mode
     monkeypatch.setattr(
         module_of_it, "rows_mm", lambda *args, **how: told.append(how["max_autotune"]) or multiply(*args, **how)
     )
-    monkeypatch.setattr(grouped_product, "_has_kernel_of_ours", lambda rows: True)
+    monkeypatch.setattr(grouped_product, "has_kernel_of_ours", lambda rows: True)
     module = Block(_one_each)
     options = {"experts": experts, "mode": mode}
     with torch.no_grad():
