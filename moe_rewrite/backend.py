@@ -73,7 +73,7 @@ def moe_rewrite(
         capture.give_up(refused)
     try:
         fuses = parsed.inner == "inductor" or session.explains
-        reports = carry_out(plans, InnerCompiler(fuses, parsed.max_autotune))
+        reports = carry_out(gm, plans, InnerCompiler(fuses, parsed.max_autotune))
     except LoopRefused as error:
         if capture is not None:
             session.refused(error.reports)

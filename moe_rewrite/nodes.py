@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 _AUGMENTED = {
     f"i{op}" for op in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
@@ -42,14 +43,59 @@ def operation(node: fx.Node) -> str:
 def is_written_to(node: fx.Node) -> bool:
     """Whether something in the graph writes into the tensor of a node, or into one that shares its memory.
 
-    Dynamo runs in-place operators on the fake tensors of its graph, which count them. ``x.data`` has a count of its
-    own: where it is taken, the tensor is taken as written to.
+    ``x.data`` has a count of writes of its own: where it is taken, the tensor is taken as written to.
     """
     value = example_value(node)
     if not isinstance(value, torch.Tensor):
         return False
     apart = node.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr)
-    return value._version > 0 or any(shares_memory(node, other) for other in apart)
+    return times_written(node) > 0 or any(shares_memory(node, other) for other in apart)
+
+
+def times_written(node: fx.Node) -> int:
+    """How often something in the graph has written into the memory of a tensor until now.
+
+    Dynamo runs in-place operators on the fake tensors of its graph, which count them, but for a few.
+    """
+    counted: int = example_value(node)._version
+    return counted + sum(shares_memory(node, other) for other in _written_uncounted(node.graph))
+
+
+def _written_uncounted(graph: fx.Graph) -> Iterator[fx.Node]:
+    """What is written by operators whose writes fake tensors do not count. Seen in torch 2.11 and 2.13.
+
+    Those on lists of tensors, those that a user has registered by a schema alone, running statistics, and kernels.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = operation(node)
+        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            yield from written_by(node)
+        elif name.endswith("_") and name.startswith(("_foreach_", "_amp_foreach_")):
+            yield from _tensors(node.args)
+        elif name.endswith(("batch_norm", "instance_norm")):
+            yield from _tensors(node.args[1:3])
+        elif isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name().startswith("triton_kernel"):
+            yield from _tensors(node.kwargs["kwargs"])
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """What an operator of the dispatcher writes into, as its schema says; of several overloads, all that any writes."""
+    target = node.target
+    is_one = isinstance(target, torch._ops.OpOverload)
+    overloads = [target] if is_one else [getattr(target, name) for name in target.overloads()]  # type: ignore[union-attr]
+    found: dict[fx.Node, None] = {}
+    for schema in (overload._schema for overload in overloads):
+        for position, argument in enumerate(schema.arguments if schema.is_mutable else ()):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                positional = node.args[position] if position < len(node.args) and not argument.kwarg_only else None
+                found |= dict.fromkeys(_tensors(node.kwargs.get(argument.name, positional)))
+    return list(found)
+
+
+def _tensors(given: Any) -> Iterator[fx.Node]:
+    return (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, fx.Node))
 
 
 def shares_memory(a: fx.Node, b: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def rewrite(
     plans = make_plans(gm, ExpertsMapping.parse(mapping if mapping is not None else {}), base_path)
     if any(plan.report is not None and plan.report.refusal is not None for plan in plans):
         raise LoopRefused([plan.report for plan in plans if plan.report is not None])
-    reports = carry_out(plans, InnerCompiler(fuses))
+    reports = carry_out(gm, plans, InnerCompiler(fuses))
     log_reports(reports)
     return reports
 
@@ -108,10 +108,11 @@ def _may_require_grad(node: fx.Node) -> bool:
     return any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(example))
 
 
-def carry_out(plans: list[Plan], compiler: InnerCompiler) -> list[LoopReport]:
+def carry_out(gm: fx.GraphModule, plans: list[Plan], compiler: InnerCompiler) -> list[LoopReport]:
     """Replace the loops that are to be rewritten, and leave the refused ones. Returns what became of each loop.
 
     Args:
+        gm: the graph, in which they stand or in whose subgraphs.
         plans: what is to become of each loop.
         compiler: what is known of the compiler that the graph goes to.
 
@@ -135,8 +136,10 @@ def carry_out(plans: list[Plan], compiler: InnerCompiler) -> list[LoopReport]:
             replaced[marker] = replaced.get(node, node)
             marker.replace_all_uses_with(replaced[marker])
         splice.remove_region(plan.gm.graph, plan.finding.region)
-    for gm in {plan.gm for plan in plans}:
-        splice.finish(gm)
+    if plans:
+        splice.erase_empty_modes(gm.graph, torch.is_grad_enabled())
+    for changed in {gm, *(plan.gm for plan in plans)} if plans else ():
+        splice.finish(changed)
     return reports
 
 

@@ -89,6 +89,31 @@ def remove_region(graph: fx.Graph, region: Region) -> None:
     erase_unused(waiting)
 
 
+def erase_empty_modes(graph: fx.Graph, grad_enabled: bool) -> None:
+    """Erase what switches gradients or autocast, and back again with nothing between.
+
+    Masks are often computed under ``no_grad``. What is left of that, once they are gone, torch.export cannot load.
+
+    Args:
+        graph: the graph.
+        grad_enabled: whether gradients are on where it begins.
+    """
+    for node in list(graph.nodes):
+        if node._erased or node.op != "call_function":
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            after = node.next
+            if after.target is torch._C._set_grad_enabled and after.args[0] == grad_enabled:
+                graph.erase_node(after)
+                graph.erase_node(node)
+            else:
+                grad_enabled = bool(node.args[0])
+        elif node.target is torch.amp.autocast_mode._exit_autocast and node.args[0] is node.prev:
+            entered = node.prev
+            graph.erase_node(node)
+            graph.erase_node(entered)
+
+
 def finish(gm: fx.GraphModule) -> None:
     """Check the rewritten graph and regenerate its code."""
     gm.graph.lint()

@@ -1988,3 +1988,98 @@ def test_autocast(loop: Loop, around: bool, experts_backend: str) -> None:
     assert unit > 1e-3
     assert min((expected - result).norm() for result in results) < 1e-5
     assert (actual - expected).norm() < 0.2 * unit
+
+
+# --- writes that fake tensors do not count ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moe_rewrite_traps::roll_all", mutates_args=("tensors",))
+def _roll_all(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.copy_(tensor.roll(1, 0))
+
+
+_LIBRARY = torch.library.Library("moe_rewrite_traps", "FRAGMENT")
+_LIBRARY.define("roll(int shift, Tensor(a!) tensor) -> ()")
+torch.library.impl("moe_rewrite_traps::roll", "cpu", lib=_LIBRARY)(lambda shift, tensor: _rolled(tensor, shift))
+torch.library.register_fake("moe_rewrite_traps::roll", lambda shift, tensor: None, lib=_LIBRARY)
+
+
+def _rolled(tensor: Tensor, shift: int) -> None:
+    tensor.copy_(tensor.roll(shift, 0))
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "a list of torch's": lambda tensor: torch._foreach_copy_([tensor], [tensor.roll(1, 0)]),
+    "zeros": lambda tensor: torch._foreach_zero_([tensor]),
+    "a list of the user's": lambda tensor: _roll_all([tensor]),
+    "by a schema alone": lambda tensor: torch.ops.moe_rewrite_traps.roll(1, tensor),
+    "in place": lambda tensor: tensor.copy_(tensor.roll(1, 0)),
+}
+WRITTEN = ("ids", "mask", "hits", "rows", "weight", "x")
+
+
+def _writes(write: Callable[[Tensor], Any], what: str) -> Loop:
+    def loop(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        x, ids, weight = x * 1, ids * 1, m.weight * 1
+        out, mask = torch.zeros_like(x), m.mask(ids)
+        if what == "ids":
+            write(ids)
+        found = hits(mask)
+        if what in ("mask", "hits"):
+            write({"mask": mask, "hits": found}[what])
+        for expert in found:
+            expert = expert[0]
+            slot, token = torch.where(mask[expert])
+            rows = x[token] @ weight[expert]
+            if what in ("rows", "weight", "x"):
+                write({"rows": rows, "weight": weight, "x": x}[what])
+            out.index_add_(0, token, rows * weights[token, slot, None])
+        return out
+
+    return loop
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+@pytest.mark.parametrize("how", WRITES)
+def test_writes(how: str, what: str) -> None:
+    args, module = inputs(), Moe(_writes(WRITES[how], what))
+    with torch.no_grad():
+        expected = module(*args)
+        actual = torch.compile(module, backend="moe_rewrite", options={"inner": "aot_eager"})(*args)
+    torch.testing.assert_close(actual, expected)
+
+
+# --- gradients in forward mode ----------------------------------------------------------------------------------------
+
+
+def _dense(x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for expert in range(NUM_EXPERTS):
+        out = out + x @ weight[expert] * (ids == expert).any(-1, keepdim=True)
+    return out
+
+
+def _sparse(x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for expert in range(NUM_EXPERTS):
+        token, _ = torch.where(ids == expert)
+        out.index_add_(0, token, x[token] @ weight[expert])
+    return out
+
+
+@pytest.mark.parametrize("loop", [_dense, _sparse], ids=lambda loop: loop.__name__.strip("_"))
+@pytest.mark.parametrize("of", ["x", "weight"])
+def test_forward_gradients(loop: Callable[..., Tensor], of: str) -> None:
+    x, ids, _ = inputs()
+    weight = Moe(plain).weight.detach()
+
+    def tangent() -> Tensor:
+        if of == "x":
+            return torch.func.jvp(lambda given: loop(given, ids, weight), (x,), (x * 3,))[1]
+        return torch.func.jvp(lambda given: loop(x, ids, given), (weight,), (weight * 3,))[1]
+
+    expected = tangent()
+    assert expected.abs().sum() > 0
+    actual = torch.compile(tangent, backend="moe_rewrite", options={"inner": "aot_eager"})()
+    torch.testing.assert_close(actual, expected)

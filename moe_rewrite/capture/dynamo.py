@@ -131,6 +131,11 @@ def user_location(tx: Any) -> str:
     return f"{tx.f_code.co_filename}:{tx.lineno}"
 
 
+def has_forward_gradients() -> bool:
+    """Whether forward-mode gradients are being computed where Dynamo stands. torch 2.11 and 2.13."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
 def module_stack_path(tx: Any) -> str:
     """The source of the innermost module whose code is being traced; ``""`` outside of any. torch 2.11, 2.13, 2.15."""
     stack = tx.nn_module_stack

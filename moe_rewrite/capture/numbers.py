@@ -15,7 +15,7 @@ from torch import fx
 
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules
-from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
+from moe_rewrite.nodes import example_value, first_input, is_written_to, operation, times_written
 from moe_rewrite.recognise.bounds import upper_bound
 from moe_rewrite.recognise.running import PASSES_INTEGERS, TOTAL
 
@@ -43,8 +43,7 @@ class NumbersOfTensor(dynamo.VariableTracker):  # type: ignore[misc]
         self._changes = self._times_changed()
 
     def _times_changed(self) -> int:
-        version: int = example_value(self.tensor.as_proxy().node)._version
-        return version
+        return times_written(self.tensor.as_proxy().node)
 
     def python_type(self) -> type:
         return list

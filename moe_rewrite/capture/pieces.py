@@ -10,7 +10,7 @@ import torch
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.capture.numbers import NumbersOfTensor, is_marked, source_of_number
-from moe_rewrite.nodes import example_value
+from moe_rewrite.nodes import example_value, times_written
 from moe_rewrite.recognise.running import TOTAL, is_total, root
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def check_unchanged(loop: RolledIterator, pieces: list[Piece]) -> None:
 
 
 def _times_changed(variable: Any) -> int:
-    version: int = example_value(variable.as_proxy().node)._version
-    return version
+    return times_written(variable.as_proxy().node)
 
 
 def _bounds(tx: Any, loop: RolledIterator, container: Any, key: Any) -> tuple[Any, Any, list[Any]] | None:

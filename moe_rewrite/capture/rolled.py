@@ -156,6 +156,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
     def _open_path(self, tx: Any) -> Any:
         if self.paths_traced == MAX_PATHS:
             self.refuse(f"the body takes more than {MAX_PATHS} different ways", tx)
+        if dynamo.has_forward_gradients():  # markers have none: tangents would be taken for zeros
+            self.refuse("forward-mode gradients are computed of the loop", tx)
         self.paths_traced += 1
         if self not in self.frame.loops:
             if self.frame.loops:

@@ -15,6 +15,7 @@ from torch import fx
 
 from moe_rewrite import markers
 from moe_rewrite.loop import Combine, Kind, Place, Value, Write
+from moe_rewrite.nodes import written_by
 from moe_rewrite.recognise import rules
 from moe_rewrite.recognise.membership import is_index_number
 from moe_rewrite.recognise.origins import origin_of
@@ -107,6 +108,8 @@ class Effects:
         self._views: dict[fx.Node, Target | None] = {}
         for node in program.graph.nodes:
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                if written_by(node) != [node.args[0]]:
+                    raise Refused(f"`{node.target}` changes other tensors than its first argument in place", node)
                 root = _root(node.args[0])
                 if root.op == "placeholder":
                     self._views[root] = None  # becomes a target once its value is known
