@@ -203,7 +203,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
             raise
         except Exception as error:
             not_rolled = getattr(tx.speculation_log, "moe_rewrite_not_rolled", [])
-            if not isinstance(error, dynamo.DYNAMO_ERRORS) and not capture.loops and not (not_rolled and tx.one_graph):
+            may_be_our_doing = capture.loops or (not_rolled if tx.one_graph else widened)
+            if not isinstance(error, dynamo.DYNAMO_ERRORS) and not may_be_our_doing:
                 raise
             if capture.deferred and not capture.loops:
                 capture.restart_with_plain_lists()
@@ -214,7 +215,8 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
                 capture.loops[-1].refuse(f"Dynamo cannot trace the body: {reason}")
             if not widened or isinstance(error, dynamo.Unsupported):
                 raise
-            # Python needs a size that stock Dynamo would not have traced up to: it breaks the graph before.
+            # Python needs a size that stock Dynamo would not have traced up to, or Dynamo fails with one: it breaks the
+            # graph before.
             capture.restart_as_stock([Refusal(session.base_path, dynamo.user_location(tx), reason)])
         finally:
             _active.capture = outer

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 
 from moe_rewrite.lower.descriptors import Described
+from moe_rewrite.lower.kernels.language import triton
 
 
 def is_traced(kernel: Any) -> bool:
-    """Whether a launch of ``kernel`` now becomes a part of a graph."""
-    return torch.library.wrap_triton(kernel) is not kernel
+    """Whether a launch of ``kernel`` now becomes a part of a graph. One that is interpreted never does."""
+    is_compiled = isinstance(kernel, (triton.JITFunction, triton.runtime.Autotuner))
+    return is_compiled and torch.library.wrap_triton(kernel) is not kernel
 
 
 def computed_once(kernel: Any, tensor: Tensor) -> Tensor:
