@@ -80,7 +80,7 @@ def moe_rewrite(
             capture.restart_as_stock([report.refusal for report in error.reports if report.refusal is not None])
         raise
     if capture is not None:
-        capture.tell_of_unrolled(gm.graph)
+        capture.tell_of_unrolled(gm)
     if capture is not None and capture.widened and not refused and _has_unknown_sizes_of_its_own(gm):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
     session.rewritten(reports)

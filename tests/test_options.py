@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 import types
@@ -151,6 +152,47 @@ def test_switching_at_run_time() -> None:
     with moe_rewrite.experts_backend(compiled, "grouped_mm"):
         assert moe_rewrite.get_experts_backend(compiled) == {"": "grouped_mm"}
     assert moe_rewrite.get_experts_backend(compiled) == {}
+
+
+def compiled_anew(model: nn.Module, **kwargs: Any) -> nn.Module:
+    return torch.compile(model, **kwargs)
+
+
+def compiled_in_place(model: nn.Module, **kwargs: Any) -> nn.Module:
+    model.compile(**kwargs)
+    return model
+
+
+@pytest.mark.parametrize("compile_it", [compiled_anew, compiled_in_place])
+@pytest.mark.parametrize("isolate", [False, True])
+def test_switching_keeps_the_recompile_limit(compile_it: Callable[..., nn.Module], isolate: bool) -> None:
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch has no such argument")
+    inner, module = Counting(), Moe(LOOP)
+    given = {"dynamic": False, "recompile_limit": 64, "isolate_recompiles": isolate, "options": {"inner": inner}}
+    compiled = compile_it(module, backend="moe_rewrite", fullgraph=True, **given)
+    lengths = range(2, 4 + torch._dynamo.config.recompile_limit)
+    for mapping in ("batched_mm", "grouped_mm", "batched_mm"):  # the last one finds what the first one compiled
+        moe_rewrite.set_experts_backend(compiled, mapping)
+        for length in lengths:
+            torch.testing.assert_close(compiled(*inputs(length)), module._call_impl(*inputs(length)))
+    assert inner.graphs == 2 * len(lengths)
+
+
+@pytest.mark.parametrize("compile_it", [compiled_anew, compiled_in_place])
+def test_switching_keeps_the_guard_filter(compile_it: Callable[..., nn.Module]) -> None:
+    calls = []
+
+    def keep_all(guards: Any) -> list[bool]:
+        calls.append(len(guards))
+        return [True] * len(guards)
+
+    compiled = compile_it(
+        Moe(LOOP), backend="moe_rewrite", fullgraph=True, options={"inner": "eager", "guard_filter_fn": keep_all}
+    )
+    moe_rewrite.set_experts_backend(compiled, "batched_mm")
+    compiled(*inputs())
+    assert calls
 
 
 @pytest.mark.parametrize("compile_it", [lambda model: None, lambda model: model.compile(backend="eager")])

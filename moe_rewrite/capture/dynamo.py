@@ -115,6 +115,25 @@ def abandon(tx: Any) -> None:
     tx.output.mark_bytecode_tracing_stop()
 
 
+def enclosing_operator(tx: Any) -> str | None:
+    """The name of the innermost higher-order operator whose body is being traced, but for checkpoints.
+
+    A hook has no operator, and ``autograd.Function`` has a name for it. torch 2.11, 2.13.
+    """
+    tracer = tx.output.current_tracer
+    while tracer.parent is not None:
+        target = tracer.source_target
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(tracer.description))
+        if name not in _CHECKPOINTS:
+            return name
+        tracer = tracer.parent
+    return None
+
+
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+"""The operators of ``torch.utils.checkpoint``: AOTAutograd takes their bodies apart. torch 2.11, 2.13."""
+
+
 def local_variables(tx: Any) -> dict[str, Any]:
     """The frame's local variables by name. torch 2.11, 2.13, 2.15."""
     return dict(tx.symbolic_locals)

@@ -44,10 +44,25 @@ def compile_again(module: Any, wrapper: Any) -> None:
 
     What was compiled before is kept, and used again once an equal wrapper comes back.
     """
-    context = module.dynamo_ctx
-    fresh = torch._dynamo.optimize(backend=wrapper, nopython=context.fullgraph, dynamic=wrapper.dynamic)
-    module.dynamo_ctx = fresh
+    module.dynamo_ctx = _context_like(module.dynamo_ctx, wrapper)
     module._initialize()
+
+
+def _context_like(context: Any, wrapper: Any) -> Any:
+    """What ``torch.compile`` made, with another ``wrapper`` and all else that it was told.
+
+    torch 2.11 (without a limit, an isolated region and a shapes spec, which came later), 2.13.
+    """
+    told = {
+        "guard_filter_fn": context._hooks.guard_filter_fn,
+        "recompile_limit": getattr(context.callback._torchdynamo_orig_backend, "_recompile_limit", None),
+        "shapes_spec": getattr(context, "_shapes_spec", None),
+    }
+    given = {name: value for name, value in told.items() if value is not None}
+    fresh = torch._dynamo.optimize(backend=wrapper, nopython=context.fullgraph, dynamic=wrapper.dynamic, **given)
+    if hasattr(context, "_isolate_recompiles_id"):  # the region stays the same: it holds what was compiled before
+        fresh._isolate_recompiles_id = context._isolate_recompiles_id
+    return fresh
 
 
 def wrapper_like(wrapper: Any, options: dict[str, Any]) -> Any:
@@ -154,9 +169,7 @@ def compiled_in_place_with(module: Any) -> Any:
 
 def compile_in_place_again(module: torch.nn.Module, wrapper: Any) -> None:
     """What :func:`compile_again` does, for a module after ``module.compile()``. torch 2.11, 2.13, 2.15."""
-    fullgraph = _context_in_place(module).fullgraph
-    fresh = torch._dynamo.optimize(backend=wrapper, nopython=fullgraph, dynamic=wrapper.dynamic)
-    module._compiled_call_impl = fresh(module._call_impl)
+    module._compiled_call_impl = _context_like(_context_in_place(module), wrapper)(module._call_impl)
 
 
 def _context_in_place(module: Any) -> Any:

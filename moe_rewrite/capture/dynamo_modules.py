@@ -314,7 +314,13 @@ def stand_in(tx: Any, value: torch.Tensor, variable: Any) -> None:
 
 
 def end_stand_in(tx: Any, value: torch.Tensor) -> None:
-    tx.output.side_effects.id_to_variable.pop(id(value), None)
+    """Undo :func:`stand_in`. torch 2.11, 2.13, 2.15.
+
+    Dynamo looks up what it keeps alive after the body of each higher-order operator, so both have to go.
+    """
+    effects = tx.output.side_effects
+    effects.id_to_variable.pop(id(value), None)
+    effects.keepalive = [kept for kept in effects.keepalive if kept is not value]
 
 
 def graph_input(node: Any) -> Any:

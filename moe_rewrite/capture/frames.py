@@ -84,9 +84,10 @@ class FrameCapture:
         if refusals:
             self.restart_as_stock(refusals)
 
-    def tell_of_unrolled(self, graph: fx.Graph) -> None:
+    def tell_of_unrolled(self, gm: fx.GraphModule) -> None:
         """Say why loops are unrolled that turn out to select rows: their body makes sizes that only run time knows."""
-        places = {user_location(node) for node in graph.nodes if has_unknown_size(node)}
+        graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+        places = {user_location(node) for graph in graphs for node in graph.nodes if has_unknown_size(node)}
         told = {(refusal.path, refusal.location): refusal for refusal, lines in self.unsaid if lines & places}
         self.session.refused([LoopReport.of_refusal(refusal) for refusal in told.values()])
 

@@ -142,6 +142,11 @@ class ExpertModules:
 
     def at_index(self, tx: Any, loop: Any, offset: int = 0) -> Any:
         """The variable of the module (the parameter) at the index of ``loop`` plus ``offset``."""
+        operator = dynamo.enclosing_operator(tx)
+        if operator is not None:
+            # Dynamo may use what it traced again for other modules, and asks none of our guards then. The branches of
+            # `cond` have to return gradients of equal strides, and those of tables have others.
+            loop.refuse(f"the experts are modules or parameters, picked in the body of the operator `{operator}`", tx)
         if any(module is None for module in self.modules):
             return self._at_index_if_there(tx, loop, offset)
         path, modules = loop.path, cast(tuple[nn.Module, ...], self.modules)
