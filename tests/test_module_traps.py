@@ -728,6 +728,203 @@ def _with_number(compute: Callable[[Tensor, int], Any]) -> Loop:
 TRAPS |= {f"number: {name}": Trap(_with_number(compute)) for name, compute in NUMBERS.items()}
 
 
+# --- experts that the compiled function itself changes ----------------------------------------------------------------
+
+
+class Changeable(Expert):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.scale, self.factors = torch.tanh, 2.0, [1.0, 3.0]
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("shift", torch.linspace(-1, 1, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.act(self.up(x))) * self.scale * self.factors[-1] + self.shift
+        return y * 5 if self.training and self.drop.training else y
+
+
+Change = Callable[[Block], Any]
+
+CHANGES: dict[str, Change] = {}
+"""What makes experts another program, or gives them other tensors."""
+
+HARMLESS: dict[str, Change] = {}
+"""What leaves the experts as they are."""
+
+
+def change(function: Change) -> Change:
+    CHANGES[function.__name__] = function
+    return function
+
+
+def harmless(function: Change) -> Change:
+    HARMLESS[function.__name__] = function
+    return function
+
+
+def in_the_same_frame(change: Change, loop: Loop) -> Loop:
+    def changed_before(m: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        change(m)
+        return loop(m, x, ids, weights)
+
+    return changed_before
+
+
+@change
+def parameter_of_another(m):
+    m.experts[0].up.weight = m.experts[1].up.weight
+
+
+@change
+def parameter_in_the_register(m):
+    m.experts[0].up._parameters["weight"] = m.experts[1].up.weight
+
+
+@change
+def parameters_computed(m):
+    for expert in m.experts:
+        expert.up._parameters["weight"] = expert.up.weight.detach() * 0.5
+
+
+@change
+def no_bias(m):
+    m.experts[2].down.bias = None
+
+
+@change
+def no_bias_at_all(m):
+    for expert in m.experts:
+        expert.down.bias = None
+
+
+@change
+def buffer_of_one(m):
+    m.experts[1].shift = m.experts[1].shift * 2
+
+
+@change
+def buffers(m):
+    for expert in m.experts:
+        expert.shift = expert.shift * 2
+
+
+@change
+def submodule_of_another(m):
+    m.experts[0].up = m.experts[1].up
+
+
+@change
+def expert_twice(m):
+    m.experts[0] = m.experts[1]
+
+
+@change
+def swapped(m):
+    m.experts[0], m.experts[1] = m.experts[1], m.experts[0]
+
+
+@change
+def turned_round(m):
+    for place, expert in enumerate(reversed(list(m.experts))):
+        m.experts[place] = expert
+
+
+@change
+def one_less_and_one_more(m):
+    m.experts.append(m.experts.pop(1))
+
+
+@change
+def number_of_one(m):
+    m.experts[1].scale = 3.0
+
+
+@change
+def numbers(m):
+    for expert in m.experts:
+        expert.scale = 3.0
+
+
+@change
+def number_in_the_dict(m):
+    vars(m.experts[1])["scale"] = 3.0
+
+
+@change
+def numbers_in_lists(m):
+    for expert in m.experts:
+        expert.factors.append(expert.factors[-1] + 1.0)
+
+
+@change
+def activations(m):
+    for expert in m.experts:
+        expert.act = torch.relu
+
+
+@change
+def forward_of_one(m):
+    m.experts[0].up.forward = m.experts[1].up.forward
+
+
+@change
+def other_mode(m):
+    m.train(not m.training)
+
+
+@change
+def other_mode_of_submodules(m):
+    for expert in m.experts:
+        expert.drop.training = not expert.drop.training
+
+
+@harmless
+def same_mode(m):
+    m.train(m.training)
+
+
+@harmless
+def attributes_elsewhere(m):
+    m.last = (m.last or 0) + 1
+
+
+@harmless
+def modules_elsewhere(m):
+    m.router._buffers["count"] = m.table.detach().sum()
+    m.router.training = not m.router.training
+
+
+@harmless
+def attribute_of_the_container(m):
+    m.experts.last = 1
+
+
+# torch 2.11 itself calls the forward of the class in the frame that sets another one.
+TRAPS |= {
+    f"changed: {name}, {loop.__name__}": Trap(
+        in_the_same_frame(apply, loop), Changeable, stock_too=apply is forward_of_one
+    )
+    for name, apply in {**CHANGES, **HARMLESS}.items()
+    for loop in (by_index, by_module)
+}
+
+
+@trap(make=Changeable)
+def changed_between_two_loops(m, x, ids, weights):
+    before = by_index(m, x, ids, weights)
+    numbers(m)
+    parameter_of_another(m)
+    return before - 3 * by_index(m, x, ids, weights)
+
+
+@trap(make=Changeable)
+def changed_after_the_loop(m, x, ids, weights):
+    out = by_index(m, x, ids, weights)
+    numbers(m)
+    buffers(m)
+    return out
+
+
 # --- what holds -------------------------------------------------------------------------------------------------------
 
 
@@ -806,6 +1003,132 @@ def test_one_graph_as_stock_dynamo_makes_one(trap: Trap) -> None:
     expected = observe(eager, eager, inputs())
     model = Block(trap)
     assert_same(observe(compiled(model, fullgraph=True), model, inputs()), expected)
+
+
+def rewritten(run: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said of the loops in the frames that are compiled for ``run``: of those that are rewritten, and not."""
+    caplog.set_level("INFO", logger="moe_rewrite")
+    caplog.clear()
+    run()
+    said = [record.getMessage() for record in caplog.records if record.name == "moe_rewrite"]
+    return [line for line in said if not line.startswith("packed")]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_why_experts_that_the_function_changes_are_left(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = Block(Trap(in_the_same_frame(CHANGES[name], by_index), Changeable))
+    said = rewritten(lambda: compiled(model, fullgraph=True)(inputs()), caplog)
+    assert said and all("left as it is: <root>: the compiled function itself has changed " in line for line in said)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_changes_elsewhere_do_no_harm(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = Block(Trap(in_the_same_frame(HARMLESS[name], by_index), Changeable))
+    (said,) = rewritten(lambda: compiled(model, fullgraph=True)(inputs()), caplog)
+    assert f"<root>: {E} experts" in said, said
+
+
+GIVEN: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "of one expert": lambda name: name.startswith("experts.2.up."),
+    "buffers": lambda name: name.endswith("shift"),
+}
+"""What ``functional_call`` is given, by name."""
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("loop", [by_index, by_module])
+@pytest.mark.parametrize("given", GIVEN)
+def test_functional_call(given: str, loop: Loop, pack: bool, fullgraph: bool) -> None:
+    """The tensors that are given are used, and no others."""
+    eager, model = (Block(Trap(loop, Changeable)) for _ in range(2))
+    tensors = {name: tensor.detach() * 1.5 + 0.1 for name, tensor in model.state_dict().items() if GIVEN[given](name)}
+    options = {"inner": "eager", "pack": pack}
+
+    def call(m: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.func.functional_call(m, tensors, (x,))
+
+    fast = torch.compile(call, backend="moe_rewrite", options=options, fullgraph=fullgraph)
+    for factor in (1.0, 2.0):
+        given_now = {name: (tensor * factor).requires_grad_() for name, tensor in tensors.items()}
+        results, gradients = [], []
+        for run, m in ((fast, model), (call, eager)):
+            results.append(run(m, given_now, inputs()))
+            gradients.append(
+                torch.autograd.grad(results[-1].square().sum(), list(given_now.values()), allow_unused=True)
+            )
+        assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+        assert_close(*([g for g in grads if g is not None] for grads in gradients), rtol=1e-9, atol=1e-11)
+    assert_close(compiled(model)(inputs()), eager(inputs()), rtol=1e-9, atol=1e-11)
+
+
+def test_functional_call_of_the_router(caplog: pytest.LogCaptureFixture) -> None:
+    """The experts are the module's own: their loop is rewritten."""
+    model = Block(Trap(by_index))
+    given = {"router.weight": model.router.weight.detach() * 2}
+
+    def call(given: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.func.functional_call(model, given, (x,))
+
+    fast = torch.compile(call, backend="moe_rewrite", options={"inner": "eager"}, fullgraph=True)
+    (said,) = rewritten(lambda: assert_close(fast(given, inputs()), call(given, inputs())), caplog)
+    assert f"{E} experts" in said and "left as it is" not in said, said
+
+
+class Listed(nn.Module):
+    """Experts that are parameters, in a list and under names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.ParameterList(torch.randn(HIDDEN, HIDDEN) for _ in range(E))
+        for i in range(E):
+            self.register_parameter(f"v{i}", nn.Parameter(torch.randn(HIDDEN, HIDDEN)))
+            self.register_buffer(f"b{i}", torch.randn(HIDDEN))
+        self.register_buffer("calls", torch.zeros(()))
+        self.last: Any = None
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.last = x.topk(K).indices % E
+        out = torch.zeros_like(x)
+        for i in range(E):
+            token, _ = torch.where(ids == i)
+            out.index_add_(0, token, x[token] @ self.w[i] @ getattr(self, f"v{i}") + getattr(self, f"b{i}"))
+        return out
+
+
+def _list_entry(m: Listed) -> None:
+    m.w[0] = m.w[1]
+
+
+def _named_parameter(m: Listed) -> None:
+    m.v0 = m.v1
+
+
+def _named_buffer(m: Listed) -> None:
+    m.b0 = m.b1 * 2
+
+
+def _buffer_beside(m: Listed) -> None:
+    m.calls = m.calls + 1
+
+
+@pytest.mark.parametrize("apply", [_list_entry, _named_parameter, _named_buffer, _buffer_beside])
+def test_parameters_that_the_function_changes(
+    apply: Callable[[Listed], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def call(m: Listed, x: Tensor) -> Tensor:
+        apply(m)
+        return m(x)
+
+    eager, model = Listed(), Listed()
+    fast = torch.compile(call, backend="moe_rewrite", options={"inner": "eager"}, fullgraph=True)
+    said = rewritten(lambda: assert_close(fast(model, inputs()), call(eager, inputs())), caplog)
+    assert ("left as it is" in said[0]) == (apply is not _buffer_beside), said
+    assert_close(fast(model, inputs(3)), call(eager, inputs(3)), rtol=1e-9, atol=1e-11)
+    assert_close(model.state_dict(), eager.state_dict())
 
 
 def test_more_modules_than_dynamo_compiles_a_function() -> None:

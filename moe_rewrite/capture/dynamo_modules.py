@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch._dynamo.polyfills import builtins as builtins_polyfill
 from torch._dynamo.source import GenericAttrSource, GlobalSource
 from torch._dynamo.variables import (
     ConstantVariable,
+    ConstDictVariable,
     ListVariable,
     TensorVariable,
     TupleVariable,
@@ -148,6 +149,57 @@ def python_number(variable: Any) -> int | None:
     return value if type(value) is int else None
 
 
+# --- what the traced code has changed --------------------------------------------------------------------------------
+#
+# Dynamo changes Python objects after the graph ran. Until then they are as they were before the frame, and what the
+# traced code has done to them is known to the variables alone.
+
+
+def changed_attributes(tx: Any, owner: nn.Module | torch.Tensor) -> list[str]:
+    """The attributes that the traced code has deleted by now, or set to something else than what was there.
+
+    Those are the ones in ``__dict__``: parameters, buffers and submodules are :func:`has_other_contents` of a register.
+    torch 2.11, 2.13.
+    """
+    effects = tx.output.side_effects
+    stored = effects.store_attr_mutations.get(effects.id_to_variable.get(id(owner)), {})
+    return [name for name, new in stored.items() if name not in vars(owner) or not _is_constant(new, vars(owner)[name])]
+
+
+def _is_constant(variable: Any, value: Any) -> bool:
+    """Whether a variable is a plain constant, of a type whose equal values are the same. torch 2.11, 2.13."""
+    if type(value) not in (bool, int, str, type(None)) or not variable.is_python_constant():
+        return False
+    constant = variable.as_python_constant()
+    return type(constant) is type(value) and constant == value
+
+
+def has_other_contents(tx: Any, container: Any, keys: Iterable[str] | None = None) -> bool:
+    """Whether the traced code has changed by now what is in a dict, a list or a set; in a dict, only under ``keys``.
+
+    torch 2.11, 2.13.
+    """
+    effects = tx.output.side_effects
+    variable = effects.id_to_variable.get(id(container))
+    if variable is None or variable.mutation_type is None or not effects.is_modified(variable):
+        return False
+    if keys is None or not isinstance(variable, ConstDictVariable):
+        return True
+    return not all(_has_entry(effects, variable, key, container) for key in keys)
+
+
+def _has_entry(effects: Any, variable: Any, key: str, before: dict[str, Any]) -> bool:
+    """Whether the variable of a dict has the same under a key as the dict had before. torch 2.11, 2.13."""
+    now = variable.maybe_getitem_const(ConstantVariable.create(key))
+    if now is None or key not in before:
+        return now is None and key not in before
+    if isinstance(now, LazyVariableTracker) and not now.is_realized():
+        return now.peek_value() is before[key]
+    if before[key] is None:
+        return is_none(now.realize())
+    return now.realize() is effects.id_to_variable.get(id(before[key]))
+
+
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,14 +232,15 @@ def is_nothing(variable: Any) -> bool:
     return is_none(variable.realize())
 
 
-def unchanged_module(tx: Any, variable: Any) -> tuple[Any, nn.Module] | None:
-    """The source of a module, and the module.
+def module_at(tx: Any, source: Any) -> nn.Module | None:
+    """The module that the traced code has found at a source, as it was before the frame ran. torch 2.11, 2.13."""
+    found = (v.value for v in tx.output.side_effects.id_to_variable.values() if _is_module(v) and v.source == source)
+    return next(found, None)
 
-    None for other variables, and where the traced code has changed the module. torch 2.11, 2.13, 2.15.
-    """
-    if not _is_module(variable) or variable.source is None:
-        return None
-    return None if tx.output.side_effects.has_pending_mutation(variable) else (variable.source, variable.value)
+
+def sourced_module(variable: Any) -> tuple[Any, nn.Module] | None:
+    """The source of a module, and the module; None for other variables. torch 2.11, 2.13, 2.15."""
+    return (variable.source, variable.value) if _is_module(variable) and variable.source is not None else None
 
 
 def is_like(variable: Any, cls: type[nn.Module], methods: tuple[str, ...]) -> bool:

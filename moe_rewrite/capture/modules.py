@@ -61,6 +61,14 @@ class Places:
                 return None
         return packing.singles(container, self.register, self.keys)
 
+    def are_changed(self, tx: Any, container: nn.Module) -> bool:
+        """Whether the traced code may find something else there by now than what was there before."""
+        attributes = dynamo_modules.changed_attributes(tx, container)
+        if any(name in self.keys or name.startswith("_") for name in attributes):
+            return True
+        registers = [vars(container)[register] for register in packing.REGISTERS]
+        return any(dynamo_modules.has_other_contents(tx, register, self.keys) for register in registers)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertModules:
@@ -77,35 +85,35 @@ class ExpertModules:
     modules: tuple[nn.Module | None, ...]
 
     @classmethod
-    def of_list(cls, tx: Any, container: Any) -> ExpertModules | None:
+    def of_list(cls, container: Any) -> ExpertModules | None:
         """Those of a ``ModuleList`` or a ``ParameterList``, as its ``[index]`` finds them; None for other variables."""
         for kind in (nn.ModuleList, nn.ParameterList):
             if dynamo_modules.is_like(container, kind, _PICKING[kind]):
                 names = list(map(str, range(len(container.value))))
-                return cls._at(tx, container, names, len(names), are_attributes=kind is nn.ParameterList)
+                return cls._at(container, names, len(names), are_attributes=kind is nn.ParameterList)
         return None
 
     @classmethod
-    def of_dict(cls, tx: Any, container: Any, keys: list[str], least: int) -> ExpertModules | None:
+    def of_dict(cls, container: Any, keys: list[str], least: int) -> ExpertModules | None:
         """Those that a ``ModuleDict`` or a ``ParameterDict`` has under ``keys``, up to one that is missing.
 
         None for other variables, and where there are not ``least``.
         """
         for kind in (nn.ModuleDict, nn.ParameterDict):
             if dynamo_modules.is_like(container, kind, _PICKING[kind]):
-                return cls._at(tx, container, keys, least, are_attributes=kind is nn.ParameterDict)
+                return cls._at(container, keys, least, are_attributes=kind is nn.ParameterDict)
         return None
 
     @classmethod
-    def of_attributes(cls, tx: Any, container: Any, names: list[str], least: int) -> ExpertModules | None:
+    def of_attributes(cls, container: Any, names: list[str], least: int) -> ExpertModules | None:
         """What :meth:`of_dict` says, of what a module has registered as attributes called ``names``."""
         if not dynamo_modules.is_like(container, nn.Module, _PICKING[nn.Module]):
             return None
-        return cls._at(tx, container, names, least, are_attributes=True)
+        return cls._at(container, names, least, are_attributes=True)
 
     @classmethod
-    def _at(cls, tx: Any, container: Any, keys: list[str], least: int, are_attributes: bool) -> ExpertModules | None:
-        found = dynamo_modules.unchanged_module(tx, container)
+    def _at(cls, container: Any, keys: list[str], least: int, are_attributes: bool) -> ExpertModules | None:
+        found = dynamo_modules.sourced_module(container)
         if found is None or not keys:
             return None
         source, module = found
@@ -147,6 +155,9 @@ class ExpertModules:
             # Dynamo may use what it traced again for other modules, and asks none of our guards then. The branches of
             # `cond` have to return gradients of equal strides, and those of tables have others.
             loop.refuse(f"the experts are modules or parameters, picked in the body of the operator `{operator}`", tx)
+        changed = self._changed(tx)
+        if changed is not None:
+            loop.refuse(f"the compiled function itself has changed {changed} before it picks an expert", tx)
         if any(module is None for module in self.modules):
             return self._at_index_if_there(tx, loop, offset)
         path, modules = loop.path, cast(tuple[nn.Module, ...], self.modules)
@@ -164,6 +175,20 @@ class ExpertModules:
             return selected
         return dynamo_modules.global_variable(tx, dynamo_modules.TEMPLATE, template.module)
 
+    def _changed(self, tx: Any) -> str | None:
+        """What the traced code has changed by now, as Python objects go; None where the experts are as they were.
+
+        They are packed as they were before the frame. What is written into a parameter is in the graph, and no change.
+        """
+        container = dynamo_modules.module_at(tx, self.source)
+        if container is None or self.places.are_changed(tx, container):
+            return "the experts' container"
+        for number, module in enumerate(self.modules):
+            for path, part in () if module is None else packing.parts(module):
+                if _is_changed(tx, part):
+                    return packing.join(f"experts[{number}]", path)
+        return None
+
     def _at_index_if_there(self, tx: Any, loop: Any, offset: int) -> Any:
         """What :meth:`at_index` says, where some are None: a path of its own."""
         nones = {key: module is None for key, module in zip(self.places.keys, self.modules, strict=True)}
@@ -180,6 +205,13 @@ class ExpertModules:
         own = slice(there[0], there[-1] + 1)
         places = dataclasses.replace(self.places, keys=self.places.keys[own])
         return ExpertModules(self.source, places, self.modules[own]).at_index(tx, loop, offset - there[0])
+
+
+def _is_changed(tx: Any, part: Any) -> bool:
+    """Whether the traced code has changed by now what a template has a copy of."""
+    if isinstance(part, (nn.Module, Tensor)):  # the body of a loop is refused where it looks at gradients
+        return any(name not in ("grad", "_grad") for name in dynamo_modules.changed_attributes(tx, part))
+    return dynamo_modules.has_other_contents(tx, part)
 
 
 def _beside(keys: list[str], modules: list[Any], places: list[Any]) -> Iterable[tuple[str, Any, Any]]:
@@ -297,7 +329,7 @@ def pick_attribute(tx: Any, loop: Any, holder: Any, name: Any) -> Any:
     if names is None:
         return None
     possible, least = [names(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
-    picked = ExpertModules.of_attributes(tx, holder.realize(), possible, least)
+    picked = ExpertModules.of_attributes(holder.realize(), possible, least)
     if picked is None:
         return loop.refuse("the expert's index picks an attribute that is no submodule, parameter or buffer", tx)
     return picked.at_index(tx, loop)
@@ -308,9 +340,9 @@ def pick(tx: Any, loop: Any, container: Any, key: Any) -> Any:
     name, offset = dynamo_modules.names_of(key, loop.is_index), loop.offset_of(key)
     if name is not None:
         possible, least = [name(index) for index in range(max(loop.values) + 1)], max(loop.path.experts) + 1
-        picked = ExpertModules.of_dict(tx, container, possible, least)
+        picked = ExpertModules.of_dict(container, possible, least)
     elif offset is not None:
-        picked = ExpertModules.of_list(tx, container)
+        picked = ExpertModules.of_list(container)
     else:
         return None
     offset = offset or 0

@@ -121,7 +121,7 @@ def elements(tx: Any, iterator: Any) -> Elements | None:
         return pair if pair is not None and pair.even else None
     parameters = dynamo_modules.parameters_iterated(tx, iterator)
     if parameters is not None:
-        return ExpertModules.of_list(tx, parameters)
+        return ExpertModules.of_list(parameters)
     items = dynamo_modules.items_left(iterator)
     return None if not items else _of_items(items)
 

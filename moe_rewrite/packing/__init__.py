@@ -12,9 +12,9 @@ were, so optimisers, checkpoints and the eager model see nothing of it.
 * ``packs.py``: all of these together, and the packs that there are.
 """
 
-from moe_rewrite.packing.alike import NotAlike
+from moe_rewrite.packing.alike import NotAlike, join, parts
 from moe_rewrite.packing.packs import Pack, pack, pack_of
 from moe_rewrite.packing.single import REGISTERS, TENSOR, singles
 from moe_rewrite.packing.structure import Structure
 
-__all__ = ["REGISTERS", "TENSOR", "NotAlike", "Pack", "Structure", "pack", "pack_of", "singles"]
+__all__ = ["REGISTERS", "TENSOR", "NotAlike", "Pack", "Structure", "join", "pack", "pack_of", "parts", "singles"]

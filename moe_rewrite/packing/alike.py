@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,35 @@ def copied(value: Any) -> Any:
 def is_container(value: Any) -> bool:
     """Can change without being another object."""
     return type(value) in _CONTAINERS
+
+
+def parts(expert: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every object of an expert that a template has another one for, with its path from the expert.
+
+    Those are modules, tensors, and the containers in the ``__dict__`` of these, which have the path of their owner.
+    """
+    waiting, seen = [("", expert)], {id(expert)}
+    for path, module in waiting:  # grows on the way
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        there = [(join(path, name), tensor) for name, tensor in tensors if tensor is not None]
+        for place, owner in ((path, module), *there):
+            yield place, owner
+            for name, value in vars(owner).items():
+                yield from ((place, part) for part in _containers(value, name in INTERNAL))
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append((join(path, name), child))
+
+
+def _containers(value: Any, is_internal: bool = False) -> Iterator[Any]:
+    """What :func:`copied` copies, and the registers and hooks of a module."""
+    if is_container(value):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
+    elif is_internal and isinstance(value, dict):
+        yield value
 
 
 def difference(mine: Any, theirs: Any) -> str | None:
