@@ -30,7 +30,7 @@ def computed_once(kernel: Any, tensor: Tensor) -> Tensor:
     """``tensor``, which ``kernel`` and others read: in a graph, what inductor has in memory before the first of them.
 
     Inductor asks for each operand of a kernel by itself, and so computes one that is in no memory yet for each of them.
-    An operator of its own that fixes strides ends that. It is there in 2.11, 2.13 and 2.15.
+    An operator of its own that fixes strides ends that. Seen to work in 2.11 and 2.13.
     """
     if not is_traced(kernel):
         return tensor
@@ -70,7 +70,7 @@ def launch(
         constant_args_idx=kernel_side_table.add_constant_args({}),
         grid=[(*grid(said), 1, 1)[:3] for said in configurations],
         tma_descriptor_metadata={
-            # As `create_tma_stable_metadata` has it. The blocks are hashed, so they are no list.
+            # As `create_tma_stable_metadata` of 2.11 and 2.13 has it. The blocks are hashed: they are no list.
             name: ("stable", (arg.block,))
             for name, arg in given.items()
             if isinstance(arg, Described)
