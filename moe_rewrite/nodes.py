@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,32 +67,42 @@ def _written_uncounted(graph: fx.Graph) -> Iterator[fx.Node]:
 
     Those on lists of tensors, those that a user has registered by a schema alone, running statistics, and kernels.
     """
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = operation(node)
-        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            yield from written_by(node)
-        elif name.endswith("_") and name.startswith(("_foreach_", "_amp_foreach_")):
-            yield from _tensors(node.args)
-        elif name.endswith(("batch_norm", "instance_norm")):
-            yield from _tensors(node.args[1:3])
-        elif isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name().startswith("triton_kernel"):
-            yield from _tensors(node.kwargs["kwargs"])
+    # What `Graph.find_nodes` looks into: to go through all nodes at each question takes long. torch 2.11 and 2.13.
+    for (_, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
+        written = _uncounted(target)
+        if written is not None:
+            for node in nodes:
+                yield from written(node)
+
+
+@functools.cache
+def _uncounted(target: Any) -> Callable[[fx.Node], Iterable[fx.Node]] | None:
+    """What tells what a node with that target writes, if fake tensors do not count it."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return written_by if any(overload._schema.is_mutable for overload in _overloads(target)) else None
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        is_kernel = target.name().startswith("triton_kernel")
+        return (lambda node: _tensors(node.kwargs["kwargs"])) if is_kernel else None
+    name = getattr(target, "__name__", "")
+    if name.endswith("_") and name.startswith(("_foreach_", "_amp_foreach_")):
+        return lambda node: _tensors(node.args)
+    return (lambda node: _tensors(node.args[1:3])) if name.endswith(("batch_norm", "instance_norm")) else None
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """What an operator of the dispatcher writes into, as its schema says; of several overloads, all that any writes."""
-    target = node.target
-    is_one = isinstance(target, torch._ops.OpOverload)
-    overloads = [target] if is_one else [getattr(target, name) for name in target.overloads()]  # type: ignore[union-attr]
     found: dict[fx.Node, None] = {}
-    for schema in (overload._schema for overload in overloads):
+    for schema in (overload._schema for overload in _overloads(node.target)):
         for position, argument in enumerate(schema.arguments if schema.is_mutable else ()):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 positional = node.args[position] if position < len(node.args) and not argument.kwarg_only else None
                 found |= dict.fromkeys(_tensors(node.kwargs.get(argument.name, positional)))
     return list(found)
+
+
+def _overloads(target: Any) -> list[torch._ops.OpOverload]:
+    is_one = isinstance(target, torch._ops.OpOverload)
+    return [target] if is_one else [getattr(target, name) for name in target.overloads()]
 
 
 def _tensors(given: Any) -> Iterator[fx.Node]:

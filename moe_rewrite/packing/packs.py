@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -247,6 +248,8 @@ class Pack:
 
 def _gone(pack: weakref.ref[Pack], _: Any) -> None:
     """An expert was deleted."""
+    if sys.is_finalizing():  # nothing can be imported any more, and all memory goes
+        return
     alive = pack()
     if alive is not None and not alive.released:
         alive._give_up()
