@@ -27,7 +27,12 @@ from torch._dynamo.variables import (
     TupleVariable,
     UnspecializedNNModuleVariable,
 )
-from torch._dynamo.variables.base import ValueMutationExisting, ValueMutationNew, VariableTracker
+from torch._dynamo.variables.base import (
+    AttributeMutationExisting,
+    ValueMutationExisting,
+    ValueMutationNew,
+    VariableTracker,
+)
 from torch._dynamo.variables.builder import GraphArg, wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable, ZipVariable
@@ -153,6 +158,19 @@ def python_number(variable: Any) -> int | None:
 #
 # Dynamo changes Python objects after the graph ran. Until then they are as they were before the frame, and what the
 # traced code has done to them is known to the variables alone.
+
+
+def has_changed_anything(tx: Any) -> bool:
+    """Whether the traced code has changed any object by now that is older than it: else none need be asked about.
+
+    torch 2.11, 2.13.
+    """
+    effects = tx.output.side_effects
+    olds = (variable for variable in effects.id_to_variable.values() if isinstance(variable.mutation_type, _OLD))
+    return any(map(effects.is_modified, olds))
+
+
+_OLD = (AttributeMutationExisting, ValueMutationExisting)
 
 
 def changed_attributes(tx: Any, owner: nn.Module | torch.Tensor) -> list[str]:

@@ -180,6 +180,8 @@ class ExpertModules:
 
         They are packed as they were before the frame. What is written into a parameter is in the graph, and no change.
         """
+        if not dynamo_modules.has_changed_anything(tx):
+            return None
         container = dynamo_modules.module_at(tx, self.source)
         if container is None or self.places.are_changed(tx, container):
             return "the experts' container"
