@@ -138,8 +138,8 @@ def carry_out(gm: fx.GraphModule, plans: list[Plan], compiler: InnerCompiler) ->
         splice.remove_region(plan.gm.graph, plan.finding.region)
     if plans:
         splice.erase_empty_modes(gm.graph, torch.is_grad_enabled())
-    for changed in {gm, *(plan.gm for plan in plans)} if plans else ():
-        splice.finish(changed)
+        for changed in {gm, *(plan.gm for plan in plans)}:
+            splice.finish(changed)
     return reports
 
 

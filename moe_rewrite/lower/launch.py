@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_rewrite.lower import kernels, visible
-from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, Described, can_be_described, describe, is_aligned
+from moe_rewrite.lower.descriptors import HAS_DESCRIPTORS, can_be_described, describe, is_aligned
 from moe_rewrite.lower.tiles import Tile, divisor, of_gradients, of_lending, of_products, of_single_rows, of_sort, power
 
 try:
@@ -137,7 +137,7 @@ def multiply(
     result = rows.new_empty(pairs, columns, dtype=dtype)
     if result.numel() == 0:
         return result
-    rows = visible.computed_once(kernels.multiply, rows)
+    rows = visible.computed_once(kernels.multiply, rows) if seen else rows
     told = experts if experts is not None else offsets
     assert told is not None
     told = told.contiguous()
@@ -177,7 +177,7 @@ def multiply(
         constants |= {"TILES_TOGETHER": 8, "HALVES": halves, "GROUPS": power(groups + 1)}
         constants |= _how_to_multiply(rows, order)
         by = told if order is None else order.contiguous()
-        constants["DESCRIBED"] = describes(weights, pairs) and _are_aligned(kernels.multiply, *weights)
+        constants["DESCRIBED"] = describes(weights, pairs) and _are_aligned(weights, kernels.multiply, seen)
         if constants["DESCRIBED"]:
             tiles = tiles[:1]
             blocks = dict(tiles[0].blocks)
@@ -204,11 +204,13 @@ def outer(
     groups, inner, columns = result.shape
     if result.numel() == 0:
         return result
-    rows, grad = (visible.computed_once(kernels.outer, one) for one in (rows, grad))
+    if seen:
+        rows, grad = (visible.computed_once(kernels.outer, one) for one in (rows, grad))
     described = describes_gradients(groups, grad.shape[0], inner, columns, rows.dtype, rows.device)
     stored = _stores_gradients(result)
     if described:
-        rows, grad = _sorted(rows, grad.shape[0], order, own, after), _sorted(grad, grad.shape[0], order, 0, 1)
+        pairs = grad.shape[0]
+        rows, grad = _sorted(rows, pairs, order, own, after, seen), _sorted(grad, pairs, order, 0, 1, seen)
         order, own, after = None, 0, 1
     tiles = of_gradients(inner, columns, rows.dtype, _multiplies_wide(rows.device), described, stored)
 
@@ -263,13 +265,13 @@ def empty_gradient(rows: Tensor, grad: Tensor, offsets: Tensor, along_inner: boo
     return rows.new_empty(groups, inner, columns)
 
 
-def _sorted(rows: Tensor, pairs: int, order: Tensor | None, own: int, after: int) -> Tensor:
+def _sorted(rows: Tensor, pairs: int, order: Tensor | None, own: int, after: int, seen: bool) -> Tensor:
     """The row of each pair, in the order of the sort: aligned and contiguous."""
     if order is not None:
         return rows[order // after % own if own else order]
     if own:
         return rows[torch.arange(pairs, device=rows.device) // after % own]
-    is_ready = can_be_described(rows) and rows.stride(1) == 1 and _are_aligned(kernels.outer, rows)
+    is_ready = can_be_described(rows) and rows.stride(1) == 1 and _are_aligned([rows], kernels.outer, seen)
     return rows if is_ready else rows.clone(memory_format=torch.contiguous_format)
 
 
@@ -292,9 +294,9 @@ def _tiled(
     return result
 
 
-def _are_aligned(kernel: Any, *tensors: Tensor) -> bool:
+def _are_aligned(tensors: list[Tensor], kernel: Any, seen: bool) -> bool:
     """Whether the tensors' memory starts at aligned addresses. In a graph it does, see ``descriptors.in_graph``."""
-    return visible.is_traced(kernel) or all(map(is_aligned, tensors))
+    return (seen and visible.is_traced(kernel)) or all(map(is_aligned, tensors))
 
 
 def _launch(
@@ -305,9 +307,7 @@ def _launch(
     written: tuple[str, ...],
 ) -> list[Tensor]:
     """Launch a kernel that compilers do not see, see :func:`visible.launch`."""
-    kernel[grid(constants)](*(arg.descriptor() if isinstance(arg, Described) else arg for arg in args), **constants)
-    found = (args[kernel.arg_names.index(name)] for name in written)
-    return [one.tensor if isinstance(one, Described) else one for one in found]
+    return visible.run(kernel, grid(constants), args, constants, written)
 
 
 @functools.cache

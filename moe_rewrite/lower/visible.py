@@ -61,8 +61,7 @@ def launch(
     """
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
     if not is_traced(kernel):
-        kernel[grid](*(arg.descriptor() if isinstance(arg, Described) else arg for arg in args), **constants)
-        return [_memory(given[name]) for name in written]
+        return run(kernel, grid, args, constants, written)
     wrapped = torch.library.wrap_triton(kernel)
     configurations = [tile.kwargs for tile in getattr(kernel, "configs", ())] or [{}]
     results = triton_kernel_wrapper_functional(
@@ -79,6 +78,14 @@ def launch(
         tensors_to_clone=list(written),
     )
     return [results[name] for name in written]
+
+
+def run(
+    kernel: Any, grid: Any, args: tuple[Any, ...], constants: dict[str, Any], written: tuple[str, ...]
+) -> list[Any]:
+    """Launch ``kernel`` where nothing is traced; ``grid`` may be its sizes. Returns the memory that it wrote."""
+    kernel[grid](*(arg.descriptor() if isinstance(arg, Described) else arg for arg in args), **constants)
+    return [_memory(args[kernel.arg_names.index(name)]) for name in written]
 
 
 def _memory(arg: Any) -> Any:
