@@ -8,6 +8,7 @@ import modes
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from loops import (
     HIDDEN,
     NUM_EXPERTS,
@@ -189,6 +190,33 @@ def test_bad_weights_of_an_expert_without_tokens(experts, bad, backward):
     actual = observe(compiled(module, experts, "aot_eager"), module, args, backward=backward)
     assert actual.result.isfinite().all()
     assert_same(actual, observe(module, module, args, backward=backward))
+
+
+def _biased(m, x, ids, weights):
+    """Adds a bias of the expert to its rows before they are activated."""
+    out, mask = torch.zeros_like(x), F.one_hot(ids, m.num_experts + 1).permute(2, 1, 0)
+    for expert in mask.sum((-1, -2)).greater(0).nonzero():
+        expert = expert[0]
+        if expert == m.num_experts:
+            continue
+        slot, token = torch.where(mask[expert])
+        rows = F.silu(x[token] @ m.weight[expert] + m.bias[expert])
+        out.index_add_(0, token, rows * weights[token, slot, None])
+    return out
+
+
+@both_backends
+@pytest.mark.parametrize("expert", [0, NUM_EXPERTS - 1])
+def test_bad_bias_where_all_pairs_are_dropped(experts, expert):
+    """Rows of no expert have the weights of some expert, which eager does not touch."""
+    module = Moe(_biased)
+    x, ids, weights = inputs()
+    with torch.no_grad():
+        module.bias[expert] = math.nan
+    args = (x, torch.full_like(ids, NUM_EXPERTS), weights)
+    actual = both_ways(compiled(module, experts, "aot_eager"), module, args)
+    assert all(gradient.isfinite().all() for gradient in actual.gradients.values())
+    assert_same(actual, both_ways(module, module, args))
 
 
 @both_backends

@@ -234,9 +234,14 @@ class Lifted:
         return product(rows, weight) + self._of_expert(pairs, bias)
 
     def _of_expert(self, pairs: Pairs, table: Tensor) -> Tensor:
+        """``table[pairs.expert]``, of a table for all experts."""
         if self.needs_grad and pairs.offsets is not None and table.dim() == 2 and has_kernel_of_ours(table):
             return of_expert(table, pairs.expert, pairs.offsets)
-        return _gather(table, (pairs.expert,))
+        return self._harmless_rows(pairs, _gather(table, (pairs.expert,)))
+
+    def _harmless_rows(self, pairs: Pairs, rows: Tensor) -> Tensor:
+        """Where no pair at all counts, the expert is one that eager does not touch: what it has may be NaN."""
+        return pairs.harmless_rows(rows) if self.needs_grad and rows.is_floating_point() else rows
 
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
         if step.result in self._instead:
@@ -256,10 +261,11 @@ class Lifted:
         if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
             args = pytree.tree_map_only(Tensor, partial(self._harmless, pairs), args[1:])
             rows = step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
-            return pairs.harmless_rows(rows) if self.needs_grad and rows.is_floating_point() else rows
+            return self._harmless_rows(pairs, rows)
         if step.op is Primitive.INDEX_EXPERT:
             value, indices = args
-            return _gather(value, (pairs.expert, *(self._harmless(pairs, index) for index in indices)))
+            gathered = _gather(value, (pairs.expert, *(self._harmless(pairs, index) for index in indices)))
+            return self._harmless_rows(pairs, gathered)
         if step.op is Primitive.GATHER_EXPERT:
             value, rank = args
             gathered = self._of_expert(pairs, value)
