@@ -20,6 +20,20 @@ INVERSE = ORDER.argsort()
 EXPERT = torch.tensor([0, 0, 2, 3, 3, 3])
 OFFSETS = torch.tensor([2, 2, 3, 6], dtype=torch.int32)
 
+
+def parted(sizes: list[int], in_turn: bool) -> Any:
+    """A function of the parts of some columns, each with a gradient of its own."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cat([part.sin() * (1 + n) for n, part in enumerate(adjoints.columns(x, sizes, in_turn))], 1)
+
+    def reference(x: Tensor) -> Tensor:
+        parts = [x[:, n :: len(sizes)] for n in range(len(sizes))] if in_turn else x.split(sizes, 1)
+        return torch.cat([part.sin() * (1 + n) for n, part in enumerate(parts)], 1)
+
+    return function, reference, (5, sum(sizes))
+
+
 operator = torch.ops.moe_rewrite.repeated
 CASES = {
     "permuted": (lambda x: permuted(x, ORDER, INVERSE), lambda x: x[ORDER], (5, 3)),
@@ -32,6 +46,10 @@ CASES = {
     "no rows": (lambda x: operator(x, 1, 4), lambda x: x.repeat_interleave(4, 0), (0, 3)),
     "of the expert": (lambda x: adjoints.of_expert(x, EXPERT, OFFSETS), lambda x: x[EXPERT], (4, 3)),
     "sum of ten slots": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 1), lambda x: x.sum(1), (5, 10, 3)),
+    "two halves": parted([4, 4], False),
+    "three parts": parted([1, 5, 2], False),
+    "columns in turn": parted([4, 4], True),
+    "one of three in turn": parted([3, 3, 3], True),
     "sum of the first": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 0), lambda x: x.sum(0), (9, 5)),
 }
 
@@ -46,7 +64,9 @@ def test_values_and_gradients(name, way):
     values_and_gradients(*CASES[name], way)
 
 
-@pytest.mark.parametrize("name", ["permuted", "both", "sum of ten slots"])
+@pytest.mark.parametrize(
+    "name", ["permuted", "both", "sum of ten slots", "two halves", "three parts", "columns in turn"]
+)
 def test_inductor(name):
     values_and_gradients(*CASES[name], "inductor")
 
@@ -77,6 +97,8 @@ def test_operators():
     torch.library.opcheck(torch.ops.moe_rewrite.permuted.default, (rows, ORDER, INVERSE))
     torch.library.opcheck(torch.ops.moe_rewrite.repeated.default, (rows, 2, 3))
     torch.library.opcheck(torch.ops.moe_rewrite.slot_sum.default, (drawn((5, 9, 2)).requires_grad_(), 1))
+    torch.library.opcheck(torch.ops.moe_rewrite.columns.default, (rows, [1, 2], False))
+    torch.library.opcheck(torch.ops.moe_rewrite.joined.default, ([rows, rows[:, ::2]], False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode  # seen to work in 2.11, 2.13 and 2.15
 
 from moe_rewrite.lower.grouped_product import grouped_sum
+from moe_rewrite.lower.joined import joined
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("permuted(Tensor rows, Tensor order, Tensor inverse) -> Tensor")
 _LIBRARY.define("repeated(Tensor rows, SymInt before, SymInt after) -> Tensor")
 _LIBRARY.define("slot_sum(Tensor rows, int dim) -> Tensor")
+_LIBRARY.define("columns(Tensor rows, int[] sizes, bool in_turn) -> Tensor[]")
 _LIBRARY.define("of_expert(Tensor table, Tensor expert, Tensor offsets) -> Tensor")
 
 UNROLLED = range(8, 17)
@@ -78,6 +80,26 @@ def of_expert(table: Tensor, expert: Tensor, offsets: Tensor) -> Tensor:
     return result
 
 
+def columns(rows: Tensor, sizes: list[int], in_turn: bool) -> list[Tensor]:
+    """Rows ``[P, N]`` taken apart, each column once. The gradient is :func:`joined`.
+
+    Args:
+        rows: the rows.
+        sizes: how many columns each part has.
+        in_turn: whether the parts take one column each in turn, not one part after the other. They have one size then.
+    """
+    result: list[Tensor] = torch.ops.moe_rewrite.columns(rows, sizes, in_turn)
+    return result
+
+
+def _take(rows: Tensor, sizes: list[int], in_turn: bool) -> list[Tensor]:
+    return [rows[:, start :: len(sizes)] for start in range(len(sizes))] if in_turn else [*rows.split(sizes, 1)]
+
+
+def _take_copies(rows: Tensor, sizes: list[int], in_turn: bool) -> list[Tensor]:
+    return [part.clone(memory_format=torch.contiguous_format) for part in _take(rows, sizes, in_turn)]
+
+
 def _repeat(rows: Tensor, before: int, after: int) -> Tensor:
     every = rows.unsqueeze(1).unsqueeze(0).expand(before, rows.shape[0], after, *rows.shape[1:])
     return every.clone(memory_format=torch.contiguous_format).flatten(0, 2)  # never the memory of `rows`
@@ -90,12 +112,10 @@ def _add_slots(rows: Tensor, dim: int) -> Tensor:
     return total.to(rows.dtype)
 
 
-def _register(
-    name: str, function: Callable[..., Tensor], eager: Callable[..., Tensor], save: Any, backward: Any
-) -> None:
+def _register(name: str, function: Callable[..., Any], eager: Callable[..., Any], save: Any, backward: Any) -> None:
     """``function``: what compilers see; ``eager``: the same where nothing is compiled."""
 
-    def decomposed(mode: Any, op: Any, types: Any, args: Any, kwargs: Any = None) -> Tensor:
+    def decomposed(mode: Any, op: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
         with mode:
             return function(*args)
 
@@ -141,6 +161,23 @@ def _spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad.unsqueeze(dim).expand(ctx.shape), None
 
 
+def _save_how(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.sizes, ctx.in_turn = inputs
+
+
+def _put_together(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return joined(list(grads), ctx.in_turn), None, None
+
+
+def _save_part_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    parts, ctx.in_turn = inputs
+    ctx.sizes = [part.shape[1] for part in parts]
+
+
+def _take_apart(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None]:
+    return columns(grad, ctx.sizes, ctx.in_turn), None
+
+
 _register(
     "permuted", lambda rows, order, _: rows[order], lambda rows, order, _: rows[order], _save_order, _permuted_back
 )
@@ -149,3 +186,5 @@ _register("slot_sum", _add_slots, lambda rows, dim: rows.sum(dim), _save_sizes, 
 _register(
     "of_expert", lambda table, expert, _: table[expert], lambda table, expert, _: table[expert], _save_offsets, _summed
 )
+_register("columns", _take, _take_copies, _save_how, _put_together)
+torch.library.register_autograd("moe_rewrite::joined", _take_apart, setup_context=_save_part_sizes, lib=_LIBRARY)

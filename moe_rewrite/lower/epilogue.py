@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from moe_rewrite.loop import ExpertsLoop, Kind, Primitive, Step, Value
+from moe_rewrite.lower.columns import SPLITS, taken
 
 MOST = 2
 """How many products, and how many vectors, a kernel takes."""
@@ -209,12 +209,13 @@ def _expression(step: Step, found: dict[Value, _Found]) -> _Found:
     source = found.get(step.args[0]) if step.args and isinstance(step.args[0], Value) else None
     if step.name == "getitem":
         return source[step.args[1]] if isinstance(source, list) else None
-    if step.name in ("split", "split_with_sizes"):
-        return _split(step, source)
+    if step.name in SPLITS:
+        return _taken(step, source)
     if not isinstance(example, torch.Tensor) or example.dim() != 2 or example.dtype not in _DTYPES:
         return None
     if step.name == "slice":
-        return _slice(step, source)
+        parts = _taken(step, source)
+        return None if parts is None else parts[0]
     return _elementwise(step, found)
 
 
@@ -225,27 +226,11 @@ def _whole(value: Value, rows: Value | None) -> Columns | None:
     return Columns(value, rows, 0, 1, width)
 
 
-def _split(step: Step, source: _Found) -> _Found:
-    sizes, dim = step.args[1], step.args[2] if len(step.args) > 2 else step.kwargs.get("dim", 0)
-    if not isinstance(source, Columns | Apply) or dim not in (-1, 1):
+def _taken(step: Step, source: _Found) -> list[Expression | None] | None:
+    ranges = taken(step)
+    if ranges is None or not isinstance(source, Columns | Apply):
         return None
-    width = source.width
-    if isinstance(sizes, int):
-        sizes = [min(sizes, width - start) for start in range(0, width, sizes)]
-    if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
-        return None
-    return [source.of(sum(sizes[:number]), 1, size) for number, size in enumerate(sizes)]
-
-
-def _slice(step: Step, source: _Found) -> _Found:
-    given: list[Any] = [*step.args[1:]]
-    dim, start, end, by = given + [0, None, None, 1][len(given) :]
-    if not isinstance(source, Columns | Apply) or dim not in (-1, 1) or step.kwargs:
-        return None
-    if not all(isinstance(size, int | None) for size in (start, end, by)):
-        return None
-    taken = range(source.width)[slice(start, end, by)]
-    return source.of(taken.start, taken.step, len(taken)) if len(taken) else None
+    return [source.of(one.start, one.step, len(one)) for one in ranges]
 
 
 def _elementwise(step: Step, found: dict[Value, _Found]) -> _Found:

@@ -22,6 +22,7 @@ from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, TopKDispatch, Value
 from moe_rewrite.lower import combine
 from moe_rewrite.lower.adjoints import of_expert
+from moe_rewrite.lower.columns import taken_apart
 from moe_rewrite.lower.gathers import gather_of
 from moe_rewrite.lower.grouped_product import has_kernel_of_ours
 from moe_rewrite.lower.pairs import Pairs
@@ -32,6 +33,9 @@ Product = Callable[[Tensor, Tensor], Tensor]
 ProductWithBias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``product(rows, weight, bias [num_experts, N]) -> [P, N]``: the same plus the bias of the expert."""
 
+
+BY_PARTS = ("cuda",)
+"""On which devices gradients of columns are written part by part, see ``joined.py``."""
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, torch.ops.aten.embedding.default)
 
@@ -126,7 +130,8 @@ class Lifted:
             instead: what computes a per-row value in another way than by its step, when its turn comes.
         """
         self._with_bias = with_bias
-        self._instead = instead or {}
+        apart = taken_apart(self.loop, self._values.__getitem__) if self._writes_by_parts() else {}
+        self._instead = {**apart, **(instead or {})}
         for step in self.loop.steps:
             if step.result in self._values:
                 continue
@@ -140,6 +145,10 @@ class Lifted:
             index = [self._values[column] for column in one.index]
             combine.combine(self.loop, one, accumulator, index, self._values[one.values], pairs)
         self.outputs = [*carried, *map(self._collected, self.loop.collected)]
+
+    def _writes_by_parts(self) -> bool:
+        """Whether gradients of columns are to be written part by part: where inductor would go through all for each."""
+        return self.needs_grad and self.fuses and self.loop.device.type in BY_PARTS
 
     def _visited(self) -> Tensor | None:
         """For which experts the body holds, ``[n]``: those that are not 0; None for all that have pairs."""
