@@ -18,7 +18,7 @@ def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # The kernel leaves rows past the last offset unwritten, in the result and in the gradient of its input.
         rows = pairs.only_valid(rows) if lifted.needs_grad else rows
-        result = grouped_product(rows, weight, offsets, bias, lifted.max_autotune)
+        result = grouped_product(rows, weight, offsets, bias, lifted.max_autotune, lifted.needs_grad)
         return pairs.lend_product(result) if lifted.lends else result
 
     lifted.run(pairs, product, with_bias=product)
