@@ -321,6 +321,16 @@ def test_gradients_without_a_pair(poisoned, way, gather):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("way", WAYS)
+def test_what_comes_before_is_not_read(poisoned, way):
+    _, told = dispatch(ids_of(6), 4, way)
+    rows, weight = drawn(6, 7), drawn(4, 7, 6)
+    result = rows_mm.rows_mm(rows, [weight], [], behind=torch.full((1,), torch.nan, device=DEVICE), **told)
+    assert_close(result, rows_mm.rows_mm(rows, [weight], [], **told), rtol=0, atol=0)
+    assert result.isfinite().all()
+
+
+@needs_interpreter
 @pytest.mark.parametrize("what", ["another epilogue", "two products", "another dtype"])
 def test_no_gradient_is_said(what):
     """Never a wrong one."""
@@ -345,7 +355,21 @@ def test_operator(requires_grad, gather):
         tensor.requires_grad_(requires_grad) for tensor in (drawn(own or pairs, 4), drawn(3, 4, 5), drawn(3, 5))
     )
     op = torch.ops.moe_rewrite.rows_mm.default
-    given = [weight], [bias], order, offsets, None, pairs, own, after, False, rows_mm.ADD_VECTOR, rows.dtype, False
+    given = (
+        [weight],
+        [bias],
+        order,
+        offsets,
+        None,
+        pairs,
+        own,
+        after,
+        False,
+        rows_mm.ADD_VECTOR,
+        rows.dtype,
+        False,
+        None,
+    )
     torch.library.opcheck(op, (rows, *given))
 
 

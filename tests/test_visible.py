@@ -128,6 +128,20 @@ for function, *tensors in (
 """
 )
 
+BEHIND = (
+    TRACED[: TRACED.index("CASES =")]
+    + """
+def behind(rows, weight, order, offsets, gradient):
+    how = False, "", torch.bfloat16, False, gradient
+    return launch.multiply(rows, [weight], [], order, offsets, None, 32, 8, 4, *how, seen=True)
+
+
+tensors = of(8, 64), of(6, 64, 32), numbers(32), numbers(6), of(6, 64, 48)
+(found,) = traced(visible.launch, behind, [torch.empty_like(tensor, device="cpu") for tensor in tensors])
+print(sorted(re.findall(r"'([a-z_]+)': gradient_1", found)))
+"""
+)
+
 
 def _said(program: str, tmp_path: pathlib.Path) -> list[str]:
     """What a program prints in a process of its own."""
@@ -161,3 +175,8 @@ def test_descriptors_in_graphs(tmp_path):
         "'described_result': ('stable', ((1, 64, 64),))",
         "'described_result': ('stable', ((1, 64, 64),))",
     ]
+
+
+def test_what_a_product_is_to_come_after_is_an_operand(tmp_path):
+    """It stands for vectors that are not there: so the compiler computes it before."""
+    assert _said(BEHIND, tmp_path) == ["['second_vector', 'vector']"]

@@ -127,6 +127,7 @@ def multiply(
     epilogue: str,
     dtype: torch.dtype,
     max_autotune: bool,
+    behind: Tensor | None = None,
     *,
     seen: bool,
 ) -> Tensor:
@@ -142,7 +143,8 @@ def multiply(
     assert told is not None
     told = told.contiguous()
     # In the place of what is not there stands something that is not read, and that nothing has to be computed for.
-    both, added = [*weights, told][:2], [*vectors, told, told][:2]
+    blank = told if behind is None else behind
+    both, added = [*weights, told][:2], [*vectors, blank, blank][:2]
     strides = [*rows.stride()]
     for tensors, rank in ((weights, 3), (vectors, 2)):
         strides += [stride for tensor in tensors for stride in tensor.stride()] + [0] * rank * (2 - len(tensors))

@@ -24,7 +24,7 @@ _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define(
     "rows_mm(Tensor rows, Tensor[] weights, Tensor[] vectors, Tensor? order, Tensor? offsets, Tensor? experts, "
     "SymInt pairs, SymInt own, SymInt after, bool interleaved, str epilogue, ScalarType dtype, "
-    "bool max_autotune) -> Tensor"
+    "bool max_autotune, Tensor? behind) -> Tensor"
 )
 _LIBRARY.define(
     "rows_outer(Tensor rows, Tensor grad, Tensor? order, Tensor offsets, SymInt own, SymInt after, "
@@ -62,6 +62,7 @@ def rows_mm(
     epilogue: str = "",
     dtype: torch.dtype | None = None,
     max_autotune: bool = False,
+    behind: Tensor | None = None,
 ) -> Tensor:
     """For each pair ``epilogue(row @ weight of its expert, ...)``; zeros for a pair of no expert.
 
@@ -79,14 +80,17 @@ def rows_mm(
         epilogue: a program as in ``lower/kernels``, over the products, then the vectors.
         dtype: of the result; that of the rows if None.
         max_autotune: whether the first call is to try several tiles. Only where compilers see the kernels.
+        behind: what is to be computed before, for no more reason than memory: it is not read. Inductor (2.11) takes
+            what kernels write for memory that is free again, and puts gradients of weights off to the end of a
+            backward, until when all that they are made of is kept.
 
     Returns:
         ``[P, N]``, in the order of the pairs.
     """
     pairs, own, after = gather or (rows.shape[0], 0, 1)
-    is_seen = _is_seen(rows, *weights, *vectors, order, offsets, experts, pairs, own, after)
+    is_seen = _is_seen(rows, *weights, *vectors, order, offsets, experts, behind, pairs, own, after)
     multiply = _rows_mm_seen if is_seen else torch.ops.moe_rewrite.rows_mm
-    how = interleaved, epilogue, dtype or rows.dtype, max_autotune
+    how = interleaved, epilogue, dtype or rows.dtype, max_autotune, behind
     result: Tensor = multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how)
     return result
 
@@ -199,8 +203,9 @@ def _rows_mm_seen(
     epilogue: str,
     dtype: torch.dtype,
     max_autotune: bool,
+    behind: Tensor | None,
 ) -> Tensor:
-    how = interleaved, epilogue, dtype, max_autotune
+    how = interleaved, epilogue, dtype, max_autotune, behind
     return launch.multiply(rows, weights, vectors, order, offsets, experts, pairs, own, after, *how, seen=True)
 
 
@@ -231,7 +236,7 @@ def _(experts: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("moe_rewrite::rows_mm", lib=_LIBRARY)
 def _(rows: Tensor, weights: list[Tensor], *rest: Any) -> Tensor:
-    *_, pairs, _own, _after, interleaved, _epilogue, dtype, _max_autotune = rest
+    *_, pairs, _own, _after, interleaved, _epilogue, dtype, _max_autotune, _behind = rest
     columns = weights[0].shape[2]
     return rows.new_empty(pairs, columns // 2 if interleaved else columns, dtype=dtype)
 
@@ -243,7 +248,7 @@ def _(rows: Tensor, grad: Tensor, order: Tensor | None, offsets: Tensor, *rest: 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, vectors, order, offsets, experts, pairs, own, after, interleaved, epilogue, dtype, tunes = inputs
+    rows, weights, vectors, order, offsets, experts, pairs, own, after, interleaved, epilogue, dtype, tunes, _ = inputs
     adds = (len(vectors), epilogue) in ((0, ""), (1, ADD_VECTOR))
     ctx.plain = len(weights) == 1 and not interleaved and adds and dtype is rows.dtype
     ctx.sizes = pairs, own, after, bool(vectors)
@@ -260,13 +265,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_weight = bool(needs[1] if isinstance(needs[1], bool) else any(needs[1]))
     needs_bias = has_bias and bool(needs[2] if isinstance(needs[2], bool) else any(needs[2]))
     grad_rows = grad_weight = grad_bias = None
-    if needs[0]:
-        told = {"order": order, "offsets": offsets, "experts": experts, "max_autotune": ctx.max_autotune}
-        grad_rows = rows_mm(grad, [weight.transpose(1, 2)], [], **told)
-        if isinstance(pairs, int) and pairs == 0:
-            grad_rows = torch.zeros_like(rows)
-        elif not (isinstance(own, int) and own == 0):
-            grad_rows = grad_rows.reshape(-1, own, after, rows.shape[1]).sum((0, 2))
     if needs_weight or needs_bias:
         if offsets is None:
             order, _, offsets = sort_by_expert(experts, weight.shape[0])
@@ -275,8 +273,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_weight = rows_outer(rows, grad, offsets, order, own, after, weight.stride(1) == 1, ctx.max_autotune)
         if needs_bias:
             grad_bias = rows_outer(grad.new_ones(pairs, 1), grad, offsets, order).squeeze(1)
+    if needs[0]:
+        told = {"order": order, "offsets": offsets, "experts": experts, "max_autotune": ctx.max_autotune}
+        grad_rows = rows_mm(grad, [weight.transpose(1, 2)], [], behind=grad_weight, **told)
+        if isinstance(pairs, int) and pairs == 0:
+            grad_rows = torch.zeros_like(rows)
+        elif not (isinstance(own, int) and own == 0):
+            grad_rows = grad_rows.reshape(-1, own, after, rows.shape[1]).sum((0, 2))
     vectors = [grad_bias] if has_bias else []
-    return grad_rows, [grad_weight], vectors, *[None] * 10
+    return grad_rows, [grad_weight], vectors, *[None] * 11
 
 
 def _save_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
