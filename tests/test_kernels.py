@@ -355,22 +355,8 @@ def test_operator(requires_grad, gather):
         tensor.requires_grad_(requires_grad) for tensor in (drawn(own or pairs, 4), drawn(3, 4, 5), drawn(3, 5))
     )
     op = torch.ops.moe_rewrite.rows_mm.default
-    given = (
-        [weight],
-        [bias],
-        order,
-        offsets,
-        None,
-        pairs,
-        own,
-        after,
-        False,
-        rows_mm.ADD_VECTOR,
-        rows.dtype,
-        False,
-        None,
-    )
-    torch.library.opcheck(op, (rows, *given))
+    how = False, rows_mm.ADD_VECTOR, rows.dtype, False, None
+    torch.library.opcheck(op, (rows, [weight], [bias], order, offsets, None, pairs, own, after, *how))
 
 
 @needs_interpreter
