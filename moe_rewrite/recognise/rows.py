@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_rewrite import markers
 from moe_rewrite.loop import Kind, Place, Primitive, Step, Value
-from moe_rewrite.recognise import rules
+from moe_rewrite.recognise import promotion, rules
 from moe_rewrite.recognise.convolution import product_of_rows
 from moe_rewrite.recognise.effects import Effects, Special
 from moe_rewrite.recognise.leading import PERMUTES, RESHAPES, Behind, operator_behind, rearranged
@@ -303,9 +303,34 @@ class RowProgram:
         """The step of an operator on what each expert has."""
         numbers = any(value.kind is Kind.PER_EXPERT and is_number(value) for value in rules.tensors(given))
         lifted = rules.taking_tensors(op) if numbers else op
+        if lifted is not None and rules.is_pointwise(lifted):
+            lifted, args, kwargs = self._elementwise(node, lifted, given, args, kwargs)
         if lifted is None or not rules.has_form_over_experts(lifted):
             raise Refused(f"`{op}` of a value that each expert has", node)
+        self._check_embedding(node, lifted, given)
         return self.step(node, Kind.PER_EXPERT, lifted, *args, **kwargs)
+
+    def _elementwise(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """An elementwise operator and its arguments where values of the expert get an entry for each expert or row."""
+        if op is aten.masked_fill.Tensor and given["value"].kind is Kind.PER_EXPERT:  # it takes no entries
+            op, args, kwargs = aten.where.self, (given["mask"], given["value"], given["self"]), {}
+        dtype = promotion.dtype_to_cast_to(rules.tensors(given))
+
+        def cast(value: Any) -> Any:
+            if dtype is None or not isinstance(value, Value) or not promotion.gives_way(value, dtype):
+                return value
+            example = node.meta["val"].new_empty((), dtype=dtype)
+            return self.extra_step("promoted", value.kind, example, aten._to_copy.default, value, dtype=dtype)
+
+        return op, tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+    def _check_embedding(self, node: fx.Node, op: Any, given: dict[str, Any]) -> None:
+        """Where gradients are taken, an embedding's must be that of an index; of one table it may leave out a row."""
+        if op is not aten.embedding.default or not self.differentiated:
+            return
+        leaves_out = given["padding_idx"] >= 0 and given["weight"].kind is not Kind.INVARIANT
+        if leaves_out or given["scale_grad_by_freq"] or given["sparse"]:
+            raise Refused(f"`{op}` with a gradient of its own: padding_idx, scale_grad_by_freq or sparse", node)
 
     def on_rows(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The step of an operator on rows."""
@@ -352,6 +377,7 @@ class RowProgram:
             if lifted is None or node.meta["val"].dtype in (torch.float16, torch.bfloat16):
                 raise Refused("the body computes with the expert's index as a number", node)
             op = lifted
+        op, args, kwargs = self._elementwise(node, op, given, args, kwargs)
 
         def aligned(value: Any) -> Any:
             if not isinstance(value, Value):
@@ -466,6 +492,7 @@ class RowProgram:
         if _is_masked(node):
             indices = self._mask_as_positions(node)
         positions = [index for index in indices if index is not None]
+        self._check_embedding(node, op, given)
         if any(
             index.kind is not Kind.PER_ROW or index.example.dim() != 1 or index.example.dtype is torch.bool
             for index in positions
@@ -481,7 +508,8 @@ class RowProgram:
             return self.step(node, Kind.PER_ROW, Primitive.INDEX_EXPERT, source, tuple(positions))
         if op is aten.index.Tensor:
             return self.step(node, Kind.PER_ROW, op, source, indices)
-        rest = [given["dim"], given["index"]] if op is aten.index_select.default else [given["indices"]]
+        is_select = op is aten.index_select.default
+        rest = [given["dim"], given["index"]] if is_select else [given["indices"], given["padding_idx"]]
         return self.step(node, Kind.PER_ROW, op, source, *rest)
 
     def _gather_behind(self, node: fx.Node, source: Value, indices: list[Any]) -> Behind:

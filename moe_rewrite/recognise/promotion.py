@@ -1,0 +1,80 @@
+"""Type promotion of values of the expert that have no dimensions.
+
+In eager such a value, and the expert's index as a number, gives way to the dtype of a tensor that has dimensions. Once
+it has one entry for each row, or for each expert, it does no longer: ``rows > threshold[expert]`` would be compared in
+the threshold's dtype. Where that makes a difference the values are cast first, to the dtype that eager computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from moe_rewrite.loop import Kind, Value
+
+_COMPLEX = {torch.float16: torch.complex32, torch.bfloat16: torch.complex64, torch.float32: torch.complex64}
+
+
+def dtype_to_cast_to(values: Iterable[Value]) -> torch.dtype | None:
+    """What those of an elementwise operator's operands that have no dimensions are to be cast to before it is lifted.
+
+    None where it computes in the same dtype without.
+    """
+    eager: list[list[torch.dtype]] = [[], [], []]  # of tensors with dimensions, of others, of numbers
+    lifted: list[list[torch.dtype]] = [[], [], []]
+    for value in values:
+        rank = _rank(value)
+        eager[rank].append(_dtype(value))
+        lifted[0 if value.kind is Kind.PER_EXPERT else rank].append(_dtype(value))
+    wanted = _computed_in(eager)
+    return None if wanted is None or wanted is _computed_in(lifted) else wanted
+
+
+def gives_way(value: Value, dtype: torch.dtype) -> bool:
+    """Whether a value is to be cast to ``dtype``, which tensors that have dimensions ask for.
+
+    Truths stay what they are: ``where`` takes no others. So do numbers that are the same for all experts.
+    """
+    if _rank(value) == 2:
+        return value.kind is Kind.PER_EXPERT
+    return _rank(value) == 1 and _dtype(value) not in (torch.bool, dtype)
+
+
+def _rank(value: Value) -> int:
+    if not isinstance(value.example, torch.Tensor):
+        return 2
+    return 0 if value.example.dim() else 1
+
+
+def _dtype(value: Value) -> torch.dtype:
+    example = value.example
+    if isinstance(example, torch.Tensor):
+        return example.dtype
+    if isinstance(example, bool | torch.SymBool):
+        return torch.bool
+    return torch.get_default_dtype() if isinstance(example, float | torch.SymFloat) else torch.int64
+
+
+def _computed_in(ranks: list[list[torch.dtype]]) -> torch.dtype | None:
+    """The dtype that operands of these dtypes are computed in, by rank."""
+    found: torch.dtype | None = None
+    for dtypes in ranks:
+        own: torch.dtype | None = None
+        for dtype in dtypes:
+            own = dtype if own is None else torch.promote_types(own, dtype)
+        found = _combined(found, own)
+    return found
+
+
+def _combined(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
+    """As ``combine_categories`` in ``ATen/native/TypeProperties.cpp``: of another category than the higher one's."""
+    if higher is None or lower is None:
+        return higher or lower
+    if higher.is_complex:
+        return higher
+    if higher.is_floating_point:
+        return _COMPLEX.get(higher, torch.complex128) if lower.is_complex else higher
+    if higher is torch.bool or lower.is_floating_point or lower.is_complex:
+        return torch.promote_types(higher, lower)
+    return higher
