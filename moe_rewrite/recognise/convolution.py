@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moe_rewrite.loop import Kind, Value
+from moe_rewrite.recognise.products import product
 from moe_rewrite.recognise.refused import Refused
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def product_of_rows(program: RowProgram, node: fx.Node, given: dict[str, Any]) -
     matrix = program.extra_step("matrix", weight.kind, flat_weight, aten.reshape.default, weight, [columns, inner])
     matrix = program.extra_step("matrix", weight.kind, flat_weight.t(), aten.t.default, matrix)
     result = node.meta["val"].reshape(rows.example.shape[0], columns)
-    product = program.product(node.name, result, flat_rows, matrix)
+    total = product(program, node.name, result, flat_rows, matrix)
     if bias is not None:
         if bias.kind is Kind.PER_EXPERT:
             bias = program.gathered(bias, 2, node)
-        product = program.extra_step("sum", Kind.PER_ROW, result, aten.add.Tensor, product, bias)
-    return program.step(node, Kind.PER_ROW, aten.reshape.default, product, [-1, columns, *([1] * len(kernel))])
+        total = program.extra_step("sum", Kind.PER_ROW, result, aten.add.Tensor, total, bias)
+    return program.step(node, Kind.PER_ROW, aten.reshape.default, total, [-1, columns, *([1] * len(kernel))])

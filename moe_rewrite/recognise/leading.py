@@ -14,6 +14,7 @@ from torch import fx
 
 from moe_rewrite.loop import Kind, Value
 from moe_rewrite.recognise import rules
+from moe_rewrite.recognise.products import product
 from moe_rewrite.recognise.refused import Refused
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def rearranged(program: RowProgram, node: fx.Node, op: Any, source: Value | Behi
     place = order.index(leading)
     kept = [dim - leading for dim in order[place + 1 :] if dim > leading]
     dropped = [dim - leading for dim in order[:place] if dim > leading]
-    if any(not _is_one(rows.example.shape[dim]) for dim in dropped):
+    if any(not rules.is_one(rows.example.shape[dim]) for dim in dropped):
         return None
     moved = [0, *kept, *dropped]
     if moved != sorted(moved):
@@ -85,7 +86,7 @@ def rearranged(program: RowProgram, node: fx.Node, op: Any, source: Value | Behi
 
 def _reshaped(program: RowProgram, node: fx.Node, rows: Value) -> Value | Behind | None:
     shape = list(node.meta["val"].shape)
-    leading = next((i for i, size in enumerate(shape) if not _is_one(size)), len(shape))
+    leading = next((i for i, size in enumerate(shape) if not rules.is_one(size)), len(shape))
     if leading == len(shape) or not rules.same_size(shape[leading], rows.example.shape[0]):
         return None
     trailing = shape[leading + 1 :]
@@ -99,12 +100,12 @@ def _reshaped(program: RowProgram, node: fx.Node, rows: Value) -> Value | Behind
 
 
 def _product(program: RowProgram, node: fx.Node, source: Behind, weight: Any) -> Behind:
-    plain = isinstance(weight, Value) and weight.kind is not Kind.PER_ROW and _is_one(weight.example.shape[0])
+    plain = isinstance(weight, Value) and weight.kind is not Kind.PER_ROW and rules.is_one(weight.example.shape[0])
     if not plain or source.leading != 1 or source.rows.example.dim() != 2:
         _or_refused(None, node)
     matrix = program.extra_step("matrix", weight.kind, weight.example.select(0, 0), aten.select.int, weight, 0, 0)
     example = node.meta["val"].new_empty(source.rows.example.shape[0], node.meta["val"].shape[2])
-    return Behind(program.product(f"{node.name}_product", example, source.rows, matrix), 1)
+    return Behind(product(program, f"{node.name}_product", example, source.rows, matrix), 1)
 
 
 def _pointwise(program: RowProgram, node: fx.Node, op: Any, given: dict[str, Any]) -> Any:
@@ -156,7 +157,3 @@ def _or_refused(result: Any, node: fx.Node) -> Any:
     if result is None:
         raise Refused(f"`{node.target}` puts the rows in another dimension than the first", node)
     return result
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1

@@ -16,7 +16,9 @@ from moe_rewrite.recognise import promotion, rules
 from moe_rewrite.recognise.convolution import product_of_rows
 from moe_rewrite.recognise.effects import Effects, Special
 from moe_rewrite.recognise.leading import PERMUTES, RESHAPES, Behind, operator_behind, rearranged
+from moe_rewrite.recognise.lookups import LOOKUPS, check_embedding, is_masked, looked_up
 from moe_rewrite.recognise.membership import Form, is_index_number, meanings
+from moe_rewrite.recognise.products import MATMULS, matmul
 from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.selection import Selection, merged_dims
 
@@ -291,8 +293,8 @@ class RowProgram:
         kinds = {value.kind for value in rules.tensors(given)}
         if op is aten.index.Tensor and self.effects.is_accumulator(node.args[0]):
             return self.effects.reading(node, given)
-        if op is aten.index.Tensor and _is_masked(node):
-            return self._gather(node, op, given)
+        if op is aten.index.Tensor and is_masked(node):
+            return looked_up(self, node, op, given)
         if Kind.PER_ROW in kinds:
             return self.on_rows(node, op, given, args, kwargs)
         if Kind.PER_EXPERT in kinds:
@@ -301,13 +303,13 @@ class RowProgram:
 
     def per_expert(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Value:
         """The step of an operator on what each expert has."""
-        numbers = any(value.kind is Kind.PER_EXPERT and is_number(value) for value in rules.tensors(given))
+        numbers = any(value.kind is Kind.PER_EXPERT and rules.is_number(value) for value in rules.tensors(given))
         lifted = rules.taking_tensors(op) if numbers else op
         if lifted is not None and rules.is_pointwise(lifted):
             lifted, args, kwargs = self._elementwise(node, lifted, given, args, kwargs)
         if lifted is None or not rules.has_form_over_experts(lifted):
             raise Refused(f"`{op}` of a value that each expert has", node)
-        self._check_embedding(node, lifted, given)
+        check_embedding(self, node, lifted, given)
         return self.step(node, Kind.PER_EXPERT, lifted, *args, **kwargs)
 
     def _elementwise(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -324,29 +326,21 @@ class RowProgram:
 
         return op, tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
-    def _check_embedding(self, node: fx.Node, op: Any, given: dict[str, Any]) -> None:
-        """Where gradients are taken, an embedding's must be that of an index; of one table it may leave out a row."""
-        if op is not aten.embedding.default or not self.differentiated:
-            return
-        leaves_out = given["padding_idx"] >= 0 and given["weight"].kind is not Kind.INVARIANT
-        if leaves_out or given["scale_grad_by_freq"] or given["sparse"]:
-            raise Refused(f"`{op}` with a gradient of its own: padding_idx, scale_grad_by_freq or sparse", node)
-
     def on_rows(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The step of an operator on rows."""
-        if op in _MATMULS:
-            return self._matmul(node, op, given)
+        if op in MATMULS:
+            return matmul(self, node, op, given)
         if op is aten.convolution.default:
             return product_of_rows(self, node, given)
-        if op in (aten.index.Tensor, aten.index_select.default, aten.embedding.default):
-            return self._gather(node, op, given)
+        if op in LOOKUPS:
+            return looked_up(self, node, op, given)
         if _depends_on_row_count(node.meta["val"]):
             moves = op in (*RESHAPES, *PERMUTES) and isinstance(given["self"], Value)
             behind = rearranged(self, node, op, given["self"]) if moves else None
             if behind is not None:
                 return behind
             raise Refused(f"`{op}` pairs the rows of an expert with each other", node)
-        numbers = {value.kind for value in rules.tensors(given) if is_number(value)}
+        numbers = {value.kind for value in rules.tensors(given) if rules.is_number(value)}
         if Kind.PER_ROW in numbers and op.overloadpacket not in rules.RESHAPES:
             raise Refused("the body computes with the number of rows", node)
         if rules.is_pointwise(op):
@@ -372,7 +366,7 @@ class RowProgram:
     ) -> Value:
         """The step of an elementwise operator, with what has no rows aligned with those that ``example`` has."""
         rank = example.dim()
-        if any(value.kind is Kind.PER_EXPERT and is_number(value) for value in rules.tensors(given)):
+        if any(value.kind is Kind.PER_EXPERT and rules.is_number(value) for value in rules.tensors(given)):
             lifted = rules.taking_tensors(op)
             if lifted is None or node.meta["val"].dtype in (torch.float16, torch.bfloat16):
                 raise Refused("the body computes with the expert's index as a number", node)
@@ -390,7 +384,7 @@ class RowProgram:
                 if value.example.dim() != rank:
                     raise Refused(f"`{op}` broadcasts rows against rows", node)
                 return value
-            if rank and value.example.dim() == rank and not is_one(value.example.shape[0]):
+            if rank and value.example.dim() == rank and not rules.is_one(value.example.shape[0]):
                 raise Refused(f"`{op}` combines the rows, by their order, with something that is not rows", node)
             return value
 
@@ -423,127 +417,13 @@ class RowProgram:
     def gathered(self, value: Value, rank: int, node: fx.Node) -> Value:
         """The value of each row's expert, its dimensions aligned with rows of ``rank`` dimensions."""
         shape: Any = value.example.shape if isinstance(value.example, torch.Tensor) else ()
-        if rank and len(shape) == rank and not is_one(shape[0]):
+        if rank and len(shape) == rank and not rules.is_one(shape[0]):
             raise Refused("a value of the expert is combined with its rows by their order", node)
         return self.extra_step(
             f"{value.name}_of_row", Kind.PER_ROW, value.example, Primitive.GATHER_EXPERT, value, rank
         )
 
-    def _matmul(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value:
-        if op is aten.mv.default:
-            return self._matrix_times_vector(node, given["self"], given["vec"])
-        left, right = given.get("mat1", given["self"]), given["mat2"]
-        if left.kind is not Kind.PER_ROW or right.kind is Kind.PER_ROW:
-            raise Refused(f"`{op}` contracts or moves the rows of an expert", node)
-        if op is aten.mm.default:
-            return self._product(node, left, right)
-        bias = given["self"]
-        if bias.kind is Kind.INVARIANT and bias.example.dim() == 2 and not is_one(bias.example.shape[0]):
-            raise Refused(f"`{op}` adds something to the rows by their order", node)
-        if given["alpha"] == 1 and given["beta"] == 1:  # rounded once, as in eager
-            if right.kind is not Kind.PER_EXPERT:
-                bias = self.gathered(bias, 2, node) if bias.kind is Kind.PER_EXPERT else bias
-                return self.step(node, Kind.PER_ROW, op, bias, left, right)
-            if bias.kind is Kind.PER_EXPERT and bias.example.shape == node.meta["val"].shape[1:]:
-                return self._product(node, left, right, bias=bias)
-        product = self._times(self._product(node, left, right, f"{node.name}_product"), given["alpha"])
-        bias = self._times(bias, given["beta"])
-        if bias.kind is Kind.PER_EXPERT:
-            bias = self.gathered(bias, 2, node)
-        return self.step(node, Kind.PER_ROW, aten.add.Tensor, product, bias)
 
-    def _times(self, value: Value, factor: Any) -> Value:
-        if isinstance(factor, Value) or factor == 1:
-            return value
-        return self.extra_step("times", value.kind, value.example, aten.mul.Tensor, value, factor)
-
-    def _matrix_times_vector(self, node: fx.Node, rows: Value, vector: Value) -> Value:
-        if rows.kind is not Kind.PER_ROW or vector.kind is Kind.PER_ROW:
-            raise Refused(f"`{node.target}` contracts or moves the rows of an expert", node)
-        column = vector.example.unsqueeze(1)
-        weight = self.extra_step("column", vector.kind, column, aten.unsqueeze.default, vector, 1)
-        result = node.meta["val"].unsqueeze(1)
-        op = Primitive.MATMUL if weight.kind is Kind.PER_EXPERT else aten.mm.default
-        product = self.extra_step("product", Kind.PER_ROW, result, op, rows, weight)
-        return self.step(node, Kind.PER_ROW, aten.squeeze.dim, product, 1)
-
-    def _product(
-        self, node: fx.Node, rows: Value, weight: Value, name: str | None = None, bias: Value | None = None
-    ) -> Value:
-        return self.product(name or node.name, node.meta["val"], rows, weight, bias)
-
-    def product(self, name: str, example: Any, rows: Value, weight: Value, bias: Value | None = None) -> Value:
-        """The step of rows ``[rows, K]`` times a matrix ``[K, N]``, plus a bias ``[N]`` if both are per expert."""
-        op = Primitive.MATMUL if weight.kind is Kind.PER_EXPERT else aten.mm.default
-        value = Value(name, Kind.PER_ROW, example)
-        self.steps.append(Step(value, op, (rows, weight) if bias is None else (rows, weight, bias)))
-        return value
-
-    def _gather(self, node: fx.Node, op: Any, given: dict[str, Any]) -> Value | Behind:
-        """``source[token]``: each row reads at its own position of something that is no row."""
-        source = given["self"] if "self" in given else given["weight"]
-        if self._keeps_rows(op, given, source):
-            args = [given["dim"], given["index"]] if op is aten.index_select.default else [given["indices"]]
-            return self.step(node, Kind.PER_ROW, op, source, *args)
-        if source.kind is Kind.PER_ROW:
-            raise Refused(f"`{op}` reads an expert's rows at other positions", node)
-        indices = given["indices"] if op is not aten.index_select.default else [given["index"]]
-        indices = list(indices) if isinstance(indices, (list, tuple)) else [indices]
-        if _is_masked(node):
-            indices = self._mask_as_positions(node)
-        positions = [index for index in indices if index is not None]
-        self._check_embedding(node, op, given)
-        if any(
-            index.kind is not Kind.PER_ROW or index.example.dim() != 1 or index.example.dtype is torch.bool
-            for index in positions
-        ):
-            raise Refused(f"`{op}` with an index that is not one position for each row", node)
-        if op is aten.index_select.default and given["dim"] % source.example.dim() != 0:
-            raise Refused(f"`{op}` puts the rows in another dimension than the first", node)
-        if op is aten.index.Tensor and indices[0] is None:
-            return self._gather_behind(node, source, indices)
-        if op is aten.index.Tensor and any(index is None for index in indices[: len(positions)]):
-            raise Refused(f"`{op}` with indices that are not side by side", node)
-        if source.kind is Kind.PER_EXPERT:
-            return self.step(node, Kind.PER_ROW, Primitive.INDEX_EXPERT, source, tuple(positions))
-        if op is aten.index.Tensor:
-            return self.step(node, Kind.PER_ROW, op, source, indices)
-        is_select = op is aten.index_select.default
-        rest = [given["dim"], given["index"]] if is_select else [given["indices"], given["padding_idx"]]
-        return self.step(node, Kind.PER_ROW, op, source, *rest)
-
-    def _gather_behind(self, node: fx.Node, source: Value, indices: list[Any]) -> Behind:
-        """``source[None, token]``, with ``None`` for dimensions of size 1."""
-        leading = next(dim for dim, index in enumerate(indices) if index is not None)
-        own = indices[leading:]
-        if not all(map(is_one, source.example.shape[:leading])) or source.kind is not Kind.INVARIANT or None in own:
-            raise Refused(f"`{node.target}` puts the rows in another dimension than the first", node)
-        for _ in range(leading):
-            example = source.example.select(0, 0)
-            source = self.extra_step("entry", Kind.INVARIANT, example, aten.select.int, source, 0, 0)
-        rows = node.meta["val"].new_empty(*node.meta["val"].shape[leading:])
-        return Behind(self.extra_step(node.name, Kind.PER_ROW, rows, aten.index.Tensor, source, own), leading)
-
-    def _keeps_rows(self, op: Any, given: dict[str, Any], source: Value) -> bool:
-        """Whether entries of each row are picked by an index that is the same for all: ``rows[:, index]``."""
-        if source.kind is not Kind.PER_ROW or op is aten.embedding.default:
-            return False
-        if op is aten.index_select.default:
-            return given["index"].kind is Kind.INVARIANT and given["dim"] % source.example.dim() != 0
-        used = [dim for dim, index in enumerate(given["indices"]) if index is not None]
-        side_by_side = used == list(range(used[0], used[-1] + 1)) and used[0] > 0
-        return side_by_side and all(given["indices"][dim].kind is Kind.INVARIANT for dim in used)
-
-    def _mask_as_positions(self, node: fx.Node) -> list[Value]:
-        """The index ``[mask]`` as positions, one for each dimension of the mask."""
-        given: Any = node.args[1]
-        indices = [index for index in given if index is not None]
-        if len(indices) != 1 or given[0] is None:
-            raise Refused(f"`{node.target}` with a mask and something besides", node)
-        return self.columns_of(indices[0], node.meta["val"])
-
-
-_MATMULS = (aten.mm.default, aten.addmm.default, aten.mv.default)
 _CONSTANTS = {aten.new_zeros: 0, aten.new_ones: 1, aten.new_full: None}
 _TAKES_A_COLUMN = (aten.unbind.int, aten.select.int)
 _DROPS_THE_COLUMN = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default)
@@ -551,25 +431,8 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.nu
 _INTEGER_ARITHMETIC = (operator.add, operator.sub, operator.mul)
 
 
-def _is_masked(node: fx.Node) -> bool:
-    """Whether an ``index`` node has a mask for an index."""
-    indices = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
-    examples = [index.meta["val"] for index in indices if isinstance(index, fx.Node)]
-    return any(example.dtype in (torch.bool, torch.uint8) for example in examples)
-
-
 def _depends_on_row_count(result: Any) -> bool:
     """Whether a dimension other than the first has a size that is known only at run time."""
     results = result if isinstance(result, (tuple, list)) else [result]
     sizes = [size for value in results if isinstance(value, torch.Tensor) for size in value.shape[1:]]
     return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes)
-
-
-def is_number(value: Value) -> bool:
-    """Whether a value is a Python number, not a tensor."""
-    return not isinstance(value.example, (torch.Tensor, tuple, list))
-
-
-def is_one(size: Any) -> bool:
-    """Whether a size is known to be 1."""
-    return isinstance(size, int) and size == 1

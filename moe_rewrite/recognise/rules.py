@@ -64,6 +64,16 @@ def tensors(given: Any) -> list[Value]:
     return [leaf for leaf in leaves(given) if isinstance(leaf, Value)]
 
 
+def is_number(value: Value) -> bool:
+    """Whether a value is a Python number, not a tensor."""
+    return not isinstance(value.example, (torch.Tensor, tuple, list))
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is known to be 1."""
+    return isinstance(size, int) and size == 1
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether the result of a node may lie in the memory of its input, unless it is the in-place result itself."""
     if not isinstance(node.target, torch._ops.OpOverload):
