@@ -141,8 +141,8 @@ def _run_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
 def _detach(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map(_detach, value))
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return torch.ops.aten.detach.default(value) if floating else value
+    has_gradient = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return torch.ops.aten.detach.default(value) if has_gradient else value
 
 
 @contextlib.contextmanager
