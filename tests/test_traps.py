@@ -1432,6 +1432,32 @@ def count_that_overflows(m, x, ids, weights):
     return out
 
 
+def _packed() -> Args:
+    """Ids that have something else in their high bits; cut off, they are those of experts."""
+    x, ids, weights = inputs()
+    high = torch.tensor([8, 16, 32, 63])
+    return x, ids | (1 << high[ids % 4].clamp(max=40)), weights
+
+
+def _narrowed(dtype: torch.dtype, after: Callable[[Tensor], Tensor]) -> Loop:
+    def loop(m, x, ids, weights):
+        narrow = ids.to(dtype)
+        return compared(m, x, after(narrow), weights) + compared(m, x, narrow, weights) * 2
+
+    return loop
+
+
+for _dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+    for _name, _after in (
+        ("", lambda ids: ids),
+        ("_and_back", Tensor.long),
+        ("_by_float", lambda ids: ids.double().long()),
+    ):
+        _loop = _narrowed(_dtype, _after)
+        _loop.__name__ = f"ids_cut_off_to_{_dtype}{_name}".replace("torch.", "")
+        right(args=_packed)(_loop)
+
+
 @right()
 def ids_of_the_expert(m, x, ids, weights):
     """The ids themselves depend on the expert."""
