@@ -260,6 +260,10 @@ def itself(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor, tensor
 
 
+def idle(tensor: Tensor) -> Tensor:
+    return torch.dropout(tensor, p=0.5, train=False)
+
+
 for _name, _make, _read in (
     ("accumulator_read", lambda x: itself(torch.zeros_like(x)), lambda seen, token: seen[token]),
     ("accumulator_is_view", lambda x: (x.view(-1, x.shape[-1]), x), lambda seen, token: seen[token]),
@@ -268,6 +272,12 @@ for _name, _make, _read in (
     ("accumulator_is_input", lambda x: (x, x * 1), lambda seen, token: seen[token]),
     ("accumulator_seen_by_view", lambda x: (lambda out: (out, out.view(-1)))(torch.zeros_like(x)), lambda s, t: s[0]),
     ("accumulator_seen_by_base", lambda x: (lambda s: (s.view(-1, 8), s))(x.new_zeros(48)), lambda s, t: s[7]),
+    # Dropout that drops nothing gives its input itself; a fake tensor says that it is a copy.
+    ("accumulator_is_idle_dropout", lambda x: (F.dropout(x, 0.1, False), x * 1), lambda seen, token: seen[token]),
+    ("accumulator_is_dropout_of_none", lambda x: (F.dropout(x.view(-1, 8), 0), x * 1), lambda s, token: s[token]),
+    ("accumulator_is_idle_twice", lambda x: (idle(idle(x)[:]), x * 1), lambda seen, token: seen[token]),
+    ("accumulator_seen_by_dropout", lambda x: (lambda y: (y, idle(y)))(x * 2), lambda seen, token: seen[token]),
+    ("accumulator_seen_beside", lambda x: (lambda y: (idle(y), idle(y)[:]))(x * 2), lambda seen, token: seen[token]),
 ):
     refused("accumulator")(accumulating(_make, _read, _name))
 
@@ -374,6 +384,17 @@ def int8_accumulator(m, x, ids, weights):
 @right()
 def accumulator_not_zero(m, x, ids, weights):
     out, mask = x * 3, m.mask(ids)
+    for expert in hits(mask):
+        expert = expert[0]
+        _, token = torch.where(mask[expert])
+        out.index_add_(0, token, x[token] @ m.weight[expert])
+    return out
+
+
+@right()
+def accumulator_of_idle_dropout(m, x, ids, weights):
+    """What it is a dropout of is seen by nobody else."""
+    out, mask = idle(x * 3), m.mask(ids)
     for expert in hits(mask):
         expert = expert[0]
         _, token = torch.where(mask[expert])
@@ -1512,6 +1533,14 @@ def python_randint(m, x, ids, weights, expert, slot, token):
 
 
 @right_body()
+def idle_dropout_changed(m, x, ids, weights, expert, slot, token):
+    """What is changed is what was dropped out of nothing."""
+    rows = x[token]
+    F.dropout(rows, 0.5, False).mul_(2)
+    return rows
+
+
+@right_body()
 def vmapped(m, x, ids, weights, expert, slot, token):
     return torch.vmap(lambda row: row * 2 + m.bias[expert])(x[token])
 
@@ -1693,6 +1722,7 @@ DATA: dict[str, tuple[Loop, Callable[[], Args]]] = {
     "dropped_looked_up": (looked_up, lambda: with_ids(lambda ids: DROPPED)),
     "dropped_sent_elsewhere": (sent_elsewhere, lambda: with_ids(lambda ids: DROPPED)),
     "added_to_states": (RIGHT["accumulator_not_zero"].loop, inputs),
+    "added_to_idle_dropout": (RIGHT["accumulator_of_idle_dropout"].loop, inputs),
     "two_accumulators": (RIGHT["two_accumulators"].loop, inputs),
     "two_ways": (RIGHT["experts_in_range"].loop, inputs),
     "two_loops": (RIGHT["second_loop_reads_the_first"].loop, inputs),

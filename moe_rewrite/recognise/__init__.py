@@ -28,7 +28,7 @@ from moe_rewrite.loop import (
     Value,
     Write,
 )
-from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, operation, shares_memory
+from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, may_share_memory, operation
 from moe_rewrite.recognise import provenance, rules
 from moe_rewrite.recognise.aten import Traces
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
@@ -96,8 +96,8 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
         theirs = _changed_inputs(other.outcome)
         writes = any(combine.write is Write.SET for combine in (*loop.combines, *other.outcome.combines))
         reason = ""
-        if any(shares_memory(a, b) for a in theirs for b in read) or any(
-            a is not b and shares_memory(a, b) for a in theirs for b in mine
+        if any(may_share_memory(a, b) for a in theirs for b in read) or any(
+            a is not b and may_share_memory(a, b) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
         elif writes and (
@@ -391,9 +391,9 @@ def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
     """An accumulator that shares memory with something else that the body reads is read while it changes."""
     for position in accumulators:
         accumulator = inputs[position]
-        if any(shares_memory(accumulator, other) for i, other in enumerate(inputs) if i != position):
+        if any(may_share_memory(accumulator, other) for i, other in enumerate(inputs) if i != position):
             raise Refused("the accumulator shares its memory with something that the body reads", accumulator)
-        if any(shares_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
+        if any(may_share_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
             # Two inputs of a graph may overlap in one call and not in the next; no guard would tell.
             raise Refused(
                 "the accumulator is an input of the graph, and may share memory with another one", accumulator
