@@ -282,6 +282,35 @@ for _name, _make, _read in (
     refused("accumulator")(accumulating(_make, _read, _name))
 
 
+def frames(make: Callable[[Tensor, int], Tensor], name: str) -> Loop:
+    """``make(whole, length)``: the accumulator ``[T, length]`` as windows of one row of numbers."""
+
+    def loop(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        whole, mask = x.new_zeros((x.shape[0] + 1) * 8), m.mask(ids)
+        out = make(whole, 8)[: x.shape[0]]
+        for expert in hits(mask):
+            expert = expert[0]
+            _, token = torch.where(mask[expert])
+            out.index_add_(0, token, x[token] @ m.weight[expert])
+        return whole
+
+    loop.__name__ = loop.__qualname__ = name
+    return loop
+
+
+for _name, _make in (
+    ("frames_that_overlap", lambda whole, length: whole.unfold(0, length, length // 2)),
+    ("frames_one_entry_apart", lambda whole, length: whole.as_strided((9, length), (1, 1))),
+    ("frames_that_overlap_by_one", lambda whole, length: whole.as_strided((7, length), (length - 1, 1))),
+):
+    refused("entries of the accumulator may lie in the same memory")(frames(_make, _name))
+for _name, _make in (
+    ("frames_side_by_side", lambda whole, length: whole.unfold(0, length, length)),
+    ("frames_transposed", lambda whole, length: whole.view(length, -1).t()),
+):
+    right()(frames(_make, _name))
+
+
 @refused("more than once")
 def assigned_at_token(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
@@ -1723,6 +1752,8 @@ DATA: dict[str, tuple[Loop, Callable[[], Args]]] = {
     "dropped_sent_elsewhere": (sent_elsewhere, lambda: with_ids(lambda ids: DROPPED)),
     "added_to_states": (RIGHT["accumulator_not_zero"].loop, inputs),
     "added_to_idle_dropout": (RIGHT["accumulator_of_idle_dropout"].loop, inputs),
+    "frames_side_by_side": (RIGHT["frames_side_by_side"].loop, inputs),
+    "frames_transposed": (RIGHT["frames_transposed"].loop, inputs),
     "two_accumulators": (RIGHT["two_accumulators"].loop, inputs),
     "two_ways": (RIGHT["experts_in_range"].loop, inputs),
     "two_loops": (RIGHT["second_loop_reads_the_first"].loop, inputs),

@@ -230,6 +230,8 @@ def _loop(
     hits: fx.Node | None,
 ) -> ExpertsLoop:
     effects, selection = program.effects, program.selection
+    if any(combine.carry is None and not rules.is_apart(combine.accumulator.example) for combine in effects.combines):
+        raise Refused("entries of the accumulator may lie in the same memory")
     _check_aliases(inputs, _changed_positions(program))
     visits_all = _visits_every_expert_with_rows(program, hits)
     has_sibling = any(other.rows == markers.NO_ROWS for other in paths)
