@@ -57,6 +57,8 @@ class Trap:
 SIDE_EFFECT = "side effect|Python object|`setattr`"
 
 REFUSED: dict[str, Trap] = {}
+CARRIED: dict[str, Loop] = {}
+"""Loops that may leave behind what they started from, where nobody sees it."""
 RIGHT: dict[str, Trap] = {}
 
 
@@ -328,6 +330,94 @@ def accumulator_rebound(m, x, ids, weights):
         expert = expert[0]
         _, token = torch.where(mask[expert])
         out = out.index_add(0, token, x[token] @ m.weight[expert]) * 2
+    return out
+
+
+def carrying(start: Callable[[Tensor], Tensor], after: Callable[..., Any], name: str) -> Loop:
+    """``after(start, out, x)`` gives the result. Where no token has an expert, ``out`` is the start itself."""
+
+    def loop(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        first = out = start(x)
+        mask = ids.t() == torch.arange(m.num_experts)[:, None, None]
+        for expert in hits(mask):
+            expert = expert[0]
+            _, token = torch.where(mask[expert])
+            out = out.index_add(0, token, x[token] @ m.weight[expert])
+        return after(first, out, x)
+
+    loop.__name__ = loop.__qualname__ = name
+    return loop
+
+
+def of_no_expert() -> Args:
+    x, ids, weights = inputs()
+    return x, torch.full_like(ids, NUM_EXPERTS), weights
+
+
+def own(x: Tensor) -> Tensor:
+    return x * 1
+
+
+for _name, _start, _after in (
+    ("result_changed", lambda x: x, lambda start, out, x: out.mul_(2)),
+    ("result_changed_by_view", own, lambda start, out, x: (out.view(-1)[3:].zero_(), start * 2)),
+    ("result_changed_by_data", own, lambda start, out, x: (out.data.zero_(), start * 2)),
+    ("result_changed_by_idle_dropout", own, lambda start, out, x: (idle(out).mul_(2), start * 2)),
+    ("result_changed_by_list", own, lambda start, out, x: (torch._foreach_mul_([out], 2), start * 2)),
+    ("start_changed", own, lambda start, out, x: (start.mul_(2), out)),
+    ("start_changed_by_view", lambda x: own(x)[:], lambda start, out, x: (start.t().mul_(2), out)),
+    ("start_changed_by_data", own, lambda start, out, x: (start.data.mul_(2), out * 1)),
+    ("start_is_idle_dropout", idle, lambda start, out, x: (x.mul_(2), out * 1)),
+):
+    refused("is changed in place", args=of_no_expert)(carrying(_start, _after, f"start_is_left_{_name}"))
+for _name, _start, _after in (
+    ("given", lambda x: x, lambda start, out, x: out),
+    ("given_view", lambda x: x[:], lambda start, out, x: (out[1:], out * 2)),
+    ("own", own, lambda start, out, x: (start, out)),
+):
+    refused("both are seen outside", args=of_no_expert)(carrying(_start, _after, f"start_is_left_{_name}"))
+for _name, _start, _after in (
+    ("not_seen", own, lambda start, out, x: out.mul_(2)),
+    ("read", own, lambda start, out, x: out + start),
+    ("given_and_read", lambda x: x, lambda start, out, x: out * 2),
+    ("changed_before", lambda x: own(x).mul_(3), lambda start, out, x: out + start),
+    ("copied", own, lambda start, out, x: (out.clone().mul_(2), start)),
+):
+    CARRIED[_name] = carrying(_start, _after, f"start_is_left_{_name}")
+    right(args=of_no_expert)(CARRIED[_name])
+
+
+@right()
+def start_is_changed_by_one_way(m, x, ids, weights):
+    start = out = x * 1
+    for expert in range(m.num_experts):
+        token, _ = torch.where(ids == expert)
+        if expert == 0:
+            out = out.index_add_(0, token, x[token] @ m.weight[expert])
+        else:
+            out = out.index_add(0, token, x[token] @ m.weight[expert])
+    return out, start * 2
+
+
+@right(args=of_no_expert)
+def start_is_left_where_none_has_rows(m, x, ids, weights):
+    start = out = x * 1
+    for expert in range(m.num_experts):
+        token, _ = torch.where(ids == expert)
+        if token.numel() == 0:
+            continue
+        out = out.index_add(0, token, x[token] @ m.weight[expert])
+    start.mul_(2)
+    return out
+
+
+@right()
+def range_always_makes_a_new_tensor(m, x, ids, weights):
+    out = x
+    for expert in range(m.num_experts):
+        token, _ = torch.where(ids == expert)
+        out = out.index_add(0, token, x[token] @ m.weight[expert])
+    out.mul_(2)
     return out
 
 
@@ -1752,6 +1842,8 @@ DATA: dict[str, tuple[Loop, Callable[[], Args]]] = {
     "dropped_sent_elsewhere": (sent_elsewhere, lambda: with_ids(lambda ids: DROPPED)),
     "added_to_states": (RIGHT["accumulator_not_zero"].loop, inputs),
     "added_to_idle_dropout": (RIGHT["accumulator_of_idle_dropout"].loop, inputs),
+    "range_always_makes_a_new_tensor": (RIGHT["range_always_makes_a_new_tensor"].loop, inputs),
+    **{f"start_is_left_{name}": (loop, inputs) for name, loop in CARRIED.items()},
     "frames_side_by_side": (RIGHT["frames_side_by_side"].loop, inputs),
     "frames_transposed": (RIGHT["frames_transposed"].loop, inputs),
     "two_accumulators": (RIGHT["two_accumulators"].loop, inputs),

@@ -40,6 +40,7 @@ from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
 from moe_rewrite.recognise.selection import Selection
+from moe_rewrite.recognise.starts import told_from_start
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
 
@@ -76,7 +77,35 @@ def find_loops(gm: fx.GraphModule) -> list[Finding]:
     regions = find_regions(gm.graph)
     traces = Traces()
     findings = [_understand(region, regions, traces) for region in regions]
-    return [_apart_from_other_paths(finding, findings) for finding in findings]
+    return [_apart_from_start(_apart_from_other_paths(finding, findings), findings) for finding in findings]
+
+
+def _apart_from_start(finding: Finding, findings: list[Finding]) -> Finding:
+    """Refuse a path whose carried value may be what the loop started from, where that can be seen."""
+    loop = finding.outcome
+    paths = [other for other in findings if other.region.loop is finding.region.loop]
+    if not isinstance(loop, ExpertsLoop) or any(isinstance(other.outcome, Refusal) for other in paths):
+        return finding
+    for number, end in enumerate(finding.region.ends):
+        if not isinstance(finding.results[finding.region.results.index(end)], int):
+            continue
+        changed = [_changed_inputs(other.outcome) for other in paths if isinstance(other.outcome, ExpertsLoop)]
+        starts = [other.region.ends[number].args[1] for other in paths]
+        in_place = any(start.args[1] in inputs for start in starts for inputs in changed)
+        if in_place or not any(_always_replaces(other, number) for other in paths):
+            reason = told_from_start(starts[0], paths[-1].region.ends[number], in_place)
+            if reason is not None:
+                return Finding(finding.region, Refusal(loop.path, loop.location, reason))
+    return finding
+
+
+def _always_replaces(path: Finding, number: int) -> bool:
+    """Whether there is an iteration of the path in any case, and it makes a new tensor of a carried value."""
+    region, loop = path.region, path.outcome
+    always = length_of_range(region.hits) is not None and region.rows == markers.ANY_ROWS
+    if not isinstance(loop, ExpertsLoop) or not always or loop.conditions:
+        return False
+    return isinstance(path.results[region.results.index(region.ends[number])], int)
 
 
 def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Finding:
