@@ -97,6 +97,10 @@ ANY_ROWS, SOME_ROWS, NO_ROWS = range(3)
 """Whether the body between the markers is for experts with rows, for those without, or for all."""
 
 
+TIMES_WRITTEN = "moe_rewrite_times_written"
+"""``node.meta`` key of ``carry_in``: how often the start had been written to before the loop."""
+
+
 def _refuse_to_run(*_: Any) -> NoReturn:
     raise MarkerExecutedError(
         "a Mixture-of-Experts loop captured by moe_rewrite reached execution without having been rewritten. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,6 +117,35 @@ def shares_memory(a: fx.Node, b: fx.Node) -> bool:
         return False
     first, second = (_inside(value).untyped_storage()._cdata for value in values)
     return bool(first == second)
+
+
+def may_share_memory(a: fx.Node, b: fx.Node) -> bool:
+    """The same, or whether they do so in eager alone: see :func:`is_input_itself`."""
+    return any(shares_memory(one, b) for one in same_in_eager(a))
+
+
+def same_in_eager(node: fx.Node) -> list[fx.Node]:
+    """A tensor, and what eager has in its memory and fake tensors have not."""
+    found = [node]
+    targets = (torch.nn.functional.dropout, torch.dropout, torch.ops.aten.dropout.default)
+    idle = [n for target in targets for n in node.graph.find_nodes(op="call_function", target=target)]
+    idle = [n for n in idle if is_input_itself(n)]
+    for one in found:  # grows meanwhile
+        for dropout in idle:
+            for this, other in itertools.permutations((dropout, *dropout.all_input_nodes[:1])):
+                if shares_memory(this, one) and other not in found:
+                    found.append(other)
+    return found
+
+
+def is_input_itself(node: fx.Node) -> bool:
+    """Whether a node is a dropout that drops nothing: eager returns its input, where a fake tensor is a copy.
+
+    No other operator was seen to do so (torch 2.13).
+    """
+    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    idle = given.get("p", 0.5) == 0 or not given.get("training", given.get("train", True))
+    return operation(node) == "dropout" and idle
 
 
 def _inside(tensor: torch.Tensor) -> torch.Tensor:

@@ -274,6 +274,21 @@ def test_grouped_product_gradients(sizes, rest, layout):
     assert torch.autograd.gradcheck(product, inputs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_gradients_of_complex_operands(layout):
+    """The first ones and the second ones, of a bias too."""
+    *parts, offsets = operands(GROUPS["some empty"])
+    rows, weight = (torch.complex(part, part.flip(-1).cos()) for part in parts)
+    inputs = rows, layout(weight), weight[:, 0].clone()
+    inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return grouped_product(rows, weight, offsets, bias)
+
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
+
+
 @every_grouping
 def test_gradient_that_is_expanded(sizes):
     """``result.sum().backward()`` gives a gradient without memory of its own."""

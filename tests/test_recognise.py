@@ -197,6 +197,13 @@ def test_more_scores_than_experts_are_not_in_range():
     assert loop.experts == (range(NUM_EXPERTS),)
 
 
+@pytest.mark.parametrize("mask", ["int32 ids", "int32 ids and back"])
+def test_ids_that_fit_are_in_range_after_a_cast(mask):
+    module = routed(lambda scores: scores.topk(TOP_K), over(mask=MASKS[mask]).loop)
+    args = inputs()[0], torch.randn(TOKENS, NUM_EXPERTS, dtype=torch.float64)
+    assert rewritten(module, *args, backends=BACKENDS[:1]).dispatch.in_range
+
+
 def test_ids_that_are_given_are_not_in_range():
     assert not rewritten(Experts(plain), *inputs(), backends=BACKENDS[:1]).dispatch.in_range
 
@@ -260,6 +267,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {  # [E, K, T]
     "arange ==": lambda ids: _experts()[:, None, None] == ids.t(),
     "torch.eq": lambda ids: torch.eq(ids.t()[None], _experts().view(-1, 1, 1)),
     "int32 ids": lambda ids: (ids.int().unsqueeze(-1) == _experts()).permute(2, 1, 0),
+    "int32 ids and back": lambda ids: _one_hot(ids.int().long()).permute(2, 1, 0),
 }
 
 

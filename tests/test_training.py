@@ -539,3 +539,39 @@ def test_second_gradients(experts, inner):
     torch._dynamo.reset()
     run = torch.compile(loop, backend="moe_rewrite", fullgraph=True, options={"inner": inner, "experts": experts})
     torch.testing.assert_close(second(run), second(loop), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["all of an expert", "none of an expert"])
+def test_complex_numbers(experts, inner, dropped):
+    """Gradients are conjugated as eager conjugates them, and end where they are switched off."""
+
+    def loop(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for expert in range(4):
+            token, slot = torch.where(ids == expert)
+            rows = F.linear(x[token], weight[expert], bias[expert])
+            with torch.no_grad():
+                gate = rows @ out[expert]
+            total.index_add_(0, token, (rows * gate) @ out[expert].mH)
+        return total
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(6, 4, generator=generator).argsort(1)[:, :2] + 4 * dropped  # 4 is no expert
+    shapes = ((6, 3), (4, 3, 3), (4, 3), (4, 3, 3))
+    leaves = [torch.randn(s, generator=generator, dtype=torch.complex128, requires_grad=True) for s in shapes]
+
+    def gradients_of(run: Callable[..., Tensor]) -> list[Tensor]:
+        out = run(leaves[0], ids, *leaves[1:])
+        again = inner == "eager" and not dropped
+        first = torch.autograd.grad(out.abs().square().sum(), leaves, create_graph=again)
+        second = torch.autograd.grad(sum(one.abs().square().sum() for one in first), leaves) if again else ()
+        return [out, *first, *second]
+
+    if dropped:
+        with torch.no_grad():
+            leaves[1].fill_(float("nan"))
+    graphs = Graphs(inner)
+    torch.testing.assert_close(gradients_of(compiled(loop, experts, graphs)), gradients_of(loop))
+    assert len(graphs.rewritten()) == 1

@@ -57,6 +57,8 @@ class Trap:
 SIDE_EFFECT = "side effect|Python object|`setattr`"
 
 REFUSED: dict[str, Trap] = {}
+CARRIED: dict[str, Loop] = {}
+"""Loops that may leave behind what they started from, where nobody sees it."""
 RIGHT: dict[str, Trap] = {}
 
 
@@ -260,6 +262,10 @@ def itself(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor, tensor
 
 
+def idle(tensor: Tensor) -> Tensor:
+    return torch.dropout(tensor, p=0.5, train=False)
+
+
 for _name, _make, _read in (
     ("accumulator_read", lambda x: itself(torch.zeros_like(x)), lambda seen, token: seen[token]),
     ("accumulator_is_view", lambda x: (x.view(-1, x.shape[-1]), x), lambda seen, token: seen[token]),
@@ -268,8 +274,43 @@ for _name, _make, _read in (
     ("accumulator_is_input", lambda x: (x, x * 1), lambda seen, token: seen[token]),
     ("accumulator_seen_by_view", lambda x: (lambda out: (out, out.view(-1)))(torch.zeros_like(x)), lambda s, t: s[0]),
     ("accumulator_seen_by_base", lambda x: (lambda s: (s.view(-1, 8), s))(x.new_zeros(48)), lambda s, t: s[7]),
+    # Dropout that drops nothing gives its input itself; a fake tensor says that it is a copy.
+    ("accumulator_is_idle_dropout", lambda x: (F.dropout(x, 0.1, False), x * 1), lambda seen, token: seen[token]),
+    ("accumulator_is_dropout_of_none", lambda x: (F.dropout(x.view(-1, 8), 0), x * 1), lambda s, token: s[token]),
+    ("accumulator_is_idle_twice", lambda x: (idle(idle(x)[:]), x * 1), lambda seen, token: seen[token]),
+    ("accumulator_seen_by_dropout", lambda x: (lambda y: (y, idle(y)))(x * 2), lambda seen, token: seen[token]),
+    ("accumulator_seen_beside", lambda x: (lambda y: (idle(y), idle(y)[:]))(x * 2), lambda seen, token: seen[token]),
 ):
     refused("accumulator")(accumulating(_make, _read, _name))
+
+
+def frames(make: Callable[[Tensor, int], Tensor], name: str) -> Loop:
+    """``make(whole, length)``: the accumulator ``[T, length]`` as windows of one row of numbers."""
+
+    def loop(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        whole, mask = x.new_zeros((x.shape[0] + 1) * 8), m.mask(ids)
+        out = make(whole, 8)[: x.shape[0]]
+        for expert in hits(mask):
+            expert = expert[0]
+            _, token = torch.where(mask[expert])
+            out.index_add_(0, token, x[token] @ m.weight[expert])
+        return whole
+
+    loop.__name__ = loop.__qualname__ = name
+    return loop
+
+
+for _name, _make in (
+    ("frames_that_overlap", lambda whole, length: whole.unfold(0, length, length // 2)),
+    ("frames_one_entry_apart", lambda whole, length: whole.as_strided((9, length), (1, 1))),
+    ("frames_that_overlap_by_one", lambda whole, length: whole.as_strided((7, length), (length - 1, 1))),
+):
+    refused("entries of the accumulator may lie in the same memory")(frames(_make, _name))
+for _name, _make in (
+    ("frames_side_by_side", lambda whole, length: whole.unfold(0, length, length)),
+    ("frames_transposed", lambda whole, length: whole.view(length, -1).t()),
+):
+    right()(frames(_make, _name))
 
 
 @refused("more than once")
@@ -289,6 +330,94 @@ def accumulator_rebound(m, x, ids, weights):
         expert = expert[0]
         _, token = torch.where(mask[expert])
         out = out.index_add(0, token, x[token] @ m.weight[expert]) * 2
+    return out
+
+
+def carrying(start: Callable[[Tensor], Tensor], after: Callable[..., Any], name: str) -> Loop:
+    """``after(start, out, x)`` gives the result. Where no token has an expert, ``out`` is the start itself."""
+
+    def loop(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        first = out = start(x)
+        mask = ids.t() == torch.arange(m.num_experts)[:, None, None]
+        for expert in hits(mask):
+            expert = expert[0]
+            _, token = torch.where(mask[expert])
+            out = out.index_add(0, token, x[token] @ m.weight[expert])
+        return after(first, out, x)
+
+    loop.__name__ = loop.__qualname__ = name
+    return loop
+
+
+def of_no_expert() -> Args:
+    x, ids, weights = inputs()
+    return x, torch.full_like(ids, NUM_EXPERTS), weights
+
+
+def own(x: Tensor) -> Tensor:
+    return x * 1
+
+
+for _name, _start, _after in (
+    ("result_changed", lambda x: x, lambda start, out, x: out.mul_(2)),
+    ("result_changed_by_view", own, lambda start, out, x: (out.view(-1)[3:].zero_(), start * 2)),
+    ("result_changed_by_data", own, lambda start, out, x: (out.data.zero_(), start * 2)),
+    ("result_changed_by_idle_dropout", own, lambda start, out, x: (idle(out).mul_(2), start * 2)),
+    ("result_changed_by_list", own, lambda start, out, x: (torch._foreach_mul_([out], 2), start * 2)),
+    ("start_changed", own, lambda start, out, x: (start.mul_(2), out)),
+    ("start_changed_by_view", lambda x: own(x)[:], lambda start, out, x: (start.t().mul_(2), out)),
+    ("start_changed_by_data", own, lambda start, out, x: (start.data.mul_(2), out * 1)),
+    ("start_is_idle_dropout", idle, lambda start, out, x: (x.mul_(2), out * 1)),
+):
+    refused("is changed in place", args=of_no_expert)(carrying(_start, _after, f"start_is_left_{_name}"))
+for _name, _start, _after in (
+    ("given", lambda x: x, lambda start, out, x: out),
+    ("given_view", lambda x: x[:], lambda start, out, x: (out[1:], out * 2)),
+    ("own", own, lambda start, out, x: (start, out)),
+):
+    refused("both are seen outside", args=of_no_expert)(carrying(_start, _after, f"start_is_left_{_name}"))
+for _name, _start, _after in (
+    ("not_seen", own, lambda start, out, x: out.mul_(2)),
+    ("read", own, lambda start, out, x: out + start),
+    ("given_and_read", lambda x: x, lambda start, out, x: out * 2),
+    ("changed_before", lambda x: own(x).mul_(3), lambda start, out, x: out + start),
+    ("copied", own, lambda start, out, x: (out.clone().mul_(2), start)),
+):
+    CARRIED[_name] = carrying(_start, _after, f"start_is_left_{_name}")
+    right(args=of_no_expert)(CARRIED[_name])
+
+
+@right()
+def start_is_changed_by_one_way(m, x, ids, weights):
+    start = out = x * 1
+    for expert in range(m.num_experts):
+        token, _ = torch.where(ids == expert)
+        if expert == 0:
+            out = out.index_add_(0, token, x[token] @ m.weight[expert])
+        else:
+            out = out.index_add(0, token, x[token] @ m.weight[expert])
+    return out, start * 2
+
+
+@right(args=of_no_expert)
+def start_is_left_where_none_has_rows(m, x, ids, weights):
+    start = out = x * 1
+    for expert in range(m.num_experts):
+        token, _ = torch.where(ids == expert)
+        if token.numel() == 0:
+            continue
+        out = out.index_add(0, token, x[token] @ m.weight[expert])
+    start.mul_(2)
+    return out
+
+
+@right()
+def range_always_makes_a_new_tensor(m, x, ids, weights):
+    out = x
+    for expert in range(m.num_experts):
+        token, _ = torch.where(ids == expert)
+        out = out.index_add(0, token, x[token] @ m.weight[expert])
+    out.mul_(2)
     return out
 
 
@@ -374,6 +503,17 @@ def int8_accumulator(m, x, ids, weights):
 @right()
 def accumulator_not_zero(m, x, ids, weights):
     out, mask = x * 3, m.mask(ids)
+    for expert in hits(mask):
+        expert = expert[0]
+        _, token = torch.where(mask[expert])
+        out.index_add_(0, token, x[token] @ m.weight[expert])
+    return out
+
+
+@right()
+def accumulator_of_idle_dropout(m, x, ids, weights):
+    """What it is a dropout of is seen by nobody else."""
+    out, mask = idle(x * 3), m.mask(ids)
     for expert in hits(mask):
         expert = expert[0]
         _, token = torch.where(mask[expert])
@@ -1432,6 +1572,32 @@ def count_that_overflows(m, x, ids, weights):
     return out
 
 
+def _packed() -> Args:
+    """Ids that have something else in their high bits; cut off, they are those of experts."""
+    x, ids, weights = inputs()
+    high = torch.tensor([8, 16, 32, 63])
+    return x, ids | (1 << high[ids % 4].clamp(max=40)), weights
+
+
+def _narrowed(dtype: torch.dtype, after: Callable[[Tensor], Tensor]) -> Loop:
+    def loop(m, x, ids, weights):
+        narrow = ids.to(dtype)
+        return compared(m, x, after(narrow), weights) + compared(m, x, narrow, weights) * 2
+
+    return loop
+
+
+for _dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+    for _name, _after in (
+        ("", lambda ids: ids),
+        ("_and_back", Tensor.long),
+        ("_by_float", lambda ids: ids.double().long()),
+    ):
+        _loop = _narrowed(_dtype, _after)
+        _loop.__name__ = f"ids_cut_off_to_{_dtype}{_name}".replace("torch.", "")
+        right(args=_packed)(_loop)
+
+
 @right()
 def ids_of_the_expert(m, x, ids, weights):
     """The ids themselves depend on the expert."""
@@ -1483,6 +1649,14 @@ def python_randint(m, x, ids, weights, expert, slot, token):
 
 
 # --- functions of functions -------------------------------------------------------------------------------------------
+
+
+@right_body()
+def idle_dropout_changed(m, x, ids, weights, expert, slot, token):
+    """What is changed is what was dropped out of nothing."""
+    rows = x[token]
+    F.dropout(rows, 0.5, False).mul_(2)
+    return rows
 
 
 @right_body()
@@ -1667,6 +1841,11 @@ DATA: dict[str, tuple[Loop, Callable[[], Args]]] = {
     "dropped_looked_up": (looked_up, lambda: with_ids(lambda ids: DROPPED)),
     "dropped_sent_elsewhere": (sent_elsewhere, lambda: with_ids(lambda ids: DROPPED)),
     "added_to_states": (RIGHT["accumulator_not_zero"].loop, inputs),
+    "added_to_idle_dropout": (RIGHT["accumulator_of_idle_dropout"].loop, inputs),
+    "range_always_makes_a_new_tensor": (RIGHT["range_always_makes_a_new_tensor"].loop, inputs),
+    **{f"start_is_left_{name}": (loop, inputs) for name, loop in CARRIED.items()},
+    "frames_side_by_side": (RIGHT["frames_side_by_side"].loop, inputs),
+    "frames_transposed": (RIGHT["frames_transposed"].loop, inputs),
     "two_accumulators": (RIGHT["two_accumulators"].loop, inputs),
     "two_ways": (RIGHT["experts_in_range"].loop, inputs),
     "two_loops": (RIGHT["second_loop_reads_the_first"].loop, inputs),

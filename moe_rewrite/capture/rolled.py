@@ -20,6 +20,7 @@ from moe_rewrite.capture.lists import COMPREHENSION, CollectingList
 from moe_rewrite.capture.numbers import NumberAfterLoop, carried_number, is_marked, marked
 from moe_rewrite.capture.pieces import Piece, check_unchanged
 from moe_rewrite.loop import Refusal
+from moe_rewrite.nodes import times_written
 from moe_rewrite.recognise.provenance import LOCATION
 
 MAX_PATHS = 8
@@ -174,6 +175,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             start = dynamo.local_variables(tx)[name]
             start = carried_number(tx, start) or start
             carried[name] = dynamo.call_in_graph(tx, markers.carry_in, [index.as_tensor(), start])
+            node = carried[name].as_proxy().node
+            node.meta[markers.TIMES_WRITTEN] = times_written(node.args[1])
             if is_marked(start):
                 marked(carried[name])
             dynamo.set_local_variable(tx, name, carried[name])

@@ -166,13 +166,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """A gradient may have any strides: ``torch.mm`` does not ask for some."""
+    """A gradient may have any strides: ``torch.mm`` does not ask for some. That of complex numbers is conjugated."""
     rows, weight, offsets = ctx.saved_tensors
     needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
     ops = torch.ops.moe_rewrite
-    grad_rows = ops.grouped_mm(grad, weight.transpose(1, 2), offsets, None) if needs_rows else None
+    grad_rows = ops.grouped_mm(grad, weight.transpose(1, 2).conj(), offsets, None) if needs_rows else None
     # In the layout of the weight: else autograd copies it where it is kept.
-    grad_weight = grouped_outer(rows, grad, offsets, weight.stride(1) == 1) if needs_weight else None
+    grad_weight = grouped_outer(rows.conj(), grad, offsets, weight.stride(1) == 1) if needs_weight else None
     grad_bias = grouped_sum(grad, offsets) if needs_bias else None
     return grad_rows, grad_weight, None, grad_bias
 
@@ -180,8 +180,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _outer_backward(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, ...]:
     rows, grad, offsets = ctx.saved_tensors
     ops = torch.ops.moe_rewrite
-    of_rows = ops.grouped_mm(grad, of_weight.transpose(1, 2), offsets, None) if ctx.needs_input_grad[0] else None
-    of_grad = ops.grouped_mm(rows, of_weight, offsets, None) if ctx.needs_input_grad[1] else None
+    needs_rows, needs_grad, _ = ctx.needs_input_grad
+    of_rows = ops.grouped_mm(grad.conj(), of_weight.transpose(1, 2), offsets, None) if needs_rows else None
+    of_grad = ops.grouped_mm(rows.conj(), of_weight, offsets, None) if needs_grad else None
     return of_rows, of_grad, None
 
 

@@ -250,7 +250,8 @@ class Lifted:
 
     def _harmless_rows(self, pairs: Pairs, rows: Tensor) -> Tensor:
         """Where no pair at all counts, the expert is one that eager does not touch: what it has may be NaN."""
-        return pairs.harmless_rows(rows) if self.needs_grad and rows.is_floating_point() else rows
+        has_gradient = rows.is_floating_point() or rows.is_complex()
+        return pairs.harmless_rows(rows) if self.needs_grad and has_gradient else rows
 
     def _per_row(self, step: Step, pairs: Pairs, product: Product) -> Any:
         if step.result in self._instead:

@@ -28,7 +28,7 @@ from moe_rewrite.loop import (
     Value,
     Write,
 )
-from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, operation, shares_memory
+from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, may_share_memory, operation
 from moe_rewrite.recognise import provenance, rules
 from moe_rewrite.recognise.aten import Traces
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
@@ -40,6 +40,7 @@ from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
 from moe_rewrite.recognise.selection import Selection
+from moe_rewrite.recognise.starts import told_from_start
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
 
@@ -76,7 +77,35 @@ def find_loops(gm: fx.GraphModule) -> list[Finding]:
     regions = find_regions(gm.graph)
     traces = Traces()
     findings = [_understand(region, regions, traces) for region in regions]
-    return [_apart_from_other_paths(finding, findings) for finding in findings]
+    return [_apart_from_start(_apart_from_other_paths(finding, findings), findings) for finding in findings]
+
+
+def _apart_from_start(finding: Finding, findings: list[Finding]) -> Finding:
+    """Refuse a path whose carried value may be what the loop started from, where that can be seen."""
+    loop = finding.outcome
+    paths = [other for other in findings if other.region.loop is finding.region.loop]
+    if not isinstance(loop, ExpertsLoop) or any(isinstance(other.outcome, Refusal) for other in paths):
+        return finding
+    for number, end in enumerate(finding.region.ends):
+        if not isinstance(finding.results[finding.region.results.index(end)], int):
+            continue
+        changed = [_changed_inputs(other.outcome) for other in paths if isinstance(other.outcome, ExpertsLoop)]
+        starts = [other.region.ends[number].args[1] for other in paths]
+        in_place = any(start.args[1] in inputs for start in starts for inputs in changed)
+        if in_place or not any(_always_replaces(other, number) for other in paths):
+            reason = told_from_start(starts[0], paths[-1].region.ends[number], in_place)
+            if reason is not None:
+                return Finding(finding.region, Refusal(loop.path, loop.location, reason))
+    return finding
+
+
+def _always_replaces(path: Finding, number: int) -> bool:
+    """Whether there is an iteration of the path in any case, and it makes a new tensor of a carried value."""
+    region, loop = path.region, path.outcome
+    always = length_of_range(region.hits) is not None and region.rows == markers.ANY_ROWS
+    if not isinstance(loop, ExpertsLoop) or not always or loop.conditions:
+        return False
+    return isinstance(path.results[region.results.index(region.ends[number])], int)
 
 
 def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Finding:
@@ -96,8 +125,8 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
         theirs = _changed_inputs(other.outcome)
         writes = any(combine.write is Write.SET for combine in (*loop.combines, *other.outcome.combines))
         reason = ""
-        if any(shares_memory(a, b) for a in theirs for b in read) or any(
-            a is not b and shares_memory(a, b) for a in theirs for b in mine
+        if any(may_share_memory(a, b) for a in theirs for b in read) or any(
+            a is not b and may_share_memory(a, b) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
         elif writes and (
@@ -230,6 +259,8 @@ def _loop(
     hits: fx.Node | None,
 ) -> ExpertsLoop:
     effects, selection = program.effects, program.selection
+    if any(combine.carry is None and not rules.is_apart(combine.accumulator.example) for combine in effects.combines):
+        raise Refused("entries of the accumulator may lie in the same memory")
     _check_aliases(inputs, _changed_positions(program))
     visits_all = _visits_every_expert_with_rows(program, hits)
     has_sibling = any(other.rows == markers.NO_ROWS for other in paths)
@@ -391,9 +422,9 @@ def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
     """An accumulator that shares memory with something else that the body reads is read while it changes."""
     for position in accumulators:
         accumulator = inputs[position]
-        if any(shares_memory(accumulator, other) for i, other in enumerate(inputs) if i != position):
+        if any(may_share_memory(accumulator, other) for i, other in enumerate(inputs) if i != position):
             raise Refused("the accumulator shares its memory with something that the body reads", accumulator)
-        if any(shares_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
+        if any(may_share_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
             # Two inputs of a graph may overlap in one call and not in the next; no guard would tell.
             raise Refused(
                 "the accumulator is an input of the graph, and may share memory with another one", accumulator

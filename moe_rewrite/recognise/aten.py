@@ -18,7 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_rewrite import fingerprint
-from moe_rewrite.nodes import changes_something, example_value, is_size_assertion, short_name
+from moe_rewrite.nodes import changes_something, example_value, is_input_itself, is_size_assertion, short_name
 
 # Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand. So is what
 # gives something for the backward besides its result.
@@ -122,7 +122,7 @@ def retrace(
                     f"`{node.target}` changes something in place, where gradients are switched off"
                 )
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])  # type: ignore[arg-type]
-            result = _run_node(node, args, kwargs)
+            result = args[0] if is_input_itself(node) and args else _run_node(node, args, kwargs)
             env[node] = _detach(result) if detached else result
         return [env[node] for node in results]
 
@@ -141,8 +141,8 @@ def _run_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
 def _detach(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map(_detach, value))
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return torch.ops.aten.detach.default(value) if floating else value
+    has_gradient = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return torch.ops.aten.detach.default(value) if has_gradient else value
 
 
 @contextlib.contextmanager

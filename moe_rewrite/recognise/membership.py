@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
+from moe_rewrite.recognise.origins import origin_of
 
 aten = torch.ops.aten
 
@@ -66,14 +67,19 @@ class Meaning:
     ids: fx.Node | None = None
 
 
-def meanings(graph: fx.Graph) -> dict[fx.Node, Meaning]:
-    """The meaning of each integer tensor in a retraced body; an opaque one is taken as expert ids of its own."""
+def meanings(graph: fx.Graph, inputs: Sequence[fx.Node]) -> dict[fx.Node, Meaning]:
+    """The meaning of each integer tensor in a retraced body; an opaque one is taken as expert ids of its own.
+
+    Args:
+        graph: the body on ATen.
+        inputs: the nodes of Dynamo's graph that its placeholders stand for.
+    """
     found: dict[fx.Node, Meaning] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
-        meaning = _meaning(node, found)
+        meaning = _meaning(node, found, inputs)
         if meaning is None and not value.is_floating_point() and not value.is_complex() and value.dim() > 0:
             meaning = Meaning(Form.IDS, tuple(range(value.dim())), node)
         if meaning is not None:
@@ -81,7 +87,7 @@ def meanings(graph: fx.Graph) -> dict[fx.Node, Meaning]:
     return found
 
 
-def _meaning(node: fx.Node, found: dict[fx.Node, Meaning]) -> Meaning | None:
+def _meaning(node: fx.Node, found: dict[fx.Node, Meaning], inputs: Sequence[fx.Node]) -> Meaning | None:
     if node.op != "call_function":
         return None
     target, value = node.target, node.meta["val"]
@@ -107,7 +113,7 @@ def _meaning(node: fx.Node, found: dict[fx.Node, Meaning]) -> Meaning | None:
     if target is aten.logical_not.default:
         return dataclasses.replace(source, form=Form.MISSED) if source.form in _OF_ONE_EXPERT else None
     if target is aten._to_copy.default or target in (aten.clone.default, aten.alias.default, aten.detach.default):
-        return source if _keeps_values(source, value.dtype) else None
+        return source if _keeps_values(source, source_dtype(node), value.dtype, inputs) else None
     if target in (aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar, aten.eq.Scalar):
         return _thresholded(node, source)
     return _moved(node, source)
@@ -195,12 +201,25 @@ def source_dtype(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-def _keeps_values(source: Meaning, dtype: torch.dtype) -> bool:
+def _keeps_values(source: Meaning, before: torch.dtype, after: torch.dtype, inputs: Sequence[fx.Node]) -> bool:
+    """Whether a cast leaves all entries as they are. Where it may wrap ids, what it gives are ids of their own."""
     if source.form in (Form.IDS, Form.RANGE, Form.INDEX):
-        return dtype in (torch.int64, torch.int32)
+        wide = after in (torch.int64, torch.int32)
+        if not wide or source.ids is None or _holds(after, before):
+            return wide
+        bound = origin_of(source.ids, inputs).bound
+        return bound is not None and bound <= torch.iinfo(after).max
     if source.form in (Form.COUNT, Form.SELECTED_COUNT):
-        return dtype in (torch.int64, torch.int32, torch.bool)
+        return after in (torch.int64, torch.int32, torch.bool)
     return True  # 0 and 1 are themselves in every dtype
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every integer of ``other`` is one of ``dtype``."""
+    if other is torch.bool:
+        return True
+    own, its = torch.iinfo(dtype), torch.iinfo(other)
+    return bool(own.min <= its.min and its.max <= own.max)
 
 
 def _moved(node: fx.Node, source: Meaning) -> Meaning | None:

@@ -44,6 +44,11 @@ class Region:
         """The markers whose values are used after the loop, in order."""
         return [node for node in self.body if node.target in (markers.carry_out, markers.collect)]
 
+    @property
+    def ends(self) -> list[fx.Node]:
+        """The markers of the carried values' ends, in order: that of the carried values."""
+        return [node for node in self.results if node.target is markers.carry_out]
+
     def dependents(self) -> list[fx.Node]:
         """The nodes of the body whose value depends on the expert's index, in order."""
         dependent = {self.begin}

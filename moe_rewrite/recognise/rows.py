@@ -38,7 +38,7 @@ class RowProgram:
         self.graph = graph
         self.inputs = inputs
         self.differentiated = differentiated
-        self.meanings = meanings(graph)
+        self.meanings = meanings(graph, inputs)
         self.steps: list[Step] = []
         self.selection: Selection | None = None
         self.conditions: list[tuple[fx.Node, bool]] = []

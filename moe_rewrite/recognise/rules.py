@@ -6,6 +6,7 @@ per-row value is the row: an operator is rowwise when it neither reduces, moves 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -195,6 +196,23 @@ def at_least(size: Any, least: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(size >= least))
+
+
+def is_apart(tensor: torch.Tensor) -> bool:
+    """Whether any two entries of a tensor lie in places of their own: each stride reaches past what is within it."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    dims = [dim for dim in zip(tensor.shape, tensor.stride(), strict=True) if not same_size(dim[0], 1)]
+
+    def grows(order: tuple[tuple[Any, Any], ...]) -> bool:
+        reach: Any = 0
+        for size, stride in order:
+            if not statically_known_true(stride > reach):
+                return False
+            reach = reach + size * stride - stride
+        return True
+
+    return any(map(grows, itertools.permutations(reversed(dims))))
 
 
 def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:
