@@ -155,6 +155,20 @@ def has_forward_gradients() -> bool:
     return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
+def is_under_inference_mode(tx: Any, begin: Any) -> bool:
+    """Whether the traced code is under a ``torch.inference_mode`` of its own, or has been since the node ``begin``.
+
+    One that is around the compiled call is not seen: Dynamo traces without it. torch 2.11 and 2.13.
+    """
+    enter, tracer = torch.autograd.grad_mode._enter_inference_mode, tx.output.current_tracer
+    while tracer is not None:
+        entered = tracer.graph.find_nodes(op="call_function", target=enter)
+        if any(not node.users or (node.graph is begin.graph and begin < max(node.users)) for node in entered):
+            return True
+        tracer = tracer.parent
+    return False
+
+
 def module_stack_path(tx: Any) -> str:
     """The source of the innermost module whose code is being traced; ``""`` outside of any. torch 2.11, 2.13, 2.15."""
     stack = tx.nn_module_stack
