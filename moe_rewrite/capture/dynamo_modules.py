@@ -147,8 +147,14 @@ def put_in_graph(tx: Any, op: torch._ops.OpOverload, *args: Any) -> Any:
 
 
 def python_number(variable: Any) -> int | None:
-    """A Python integer that is known. torch 2.11, 2.13, 2.15."""
-    if isinstance(variable, LazyVariableTracker) or not isinstance(variable, ConstantVariable):
+    """A Python integer that is known. torch 2.11, 2.13, 2.15.
+
+    Where the traced code has found it in an object, there is a guard on its value from now on.
+    """
+    if isinstance(variable, LazyVariableTracker) and not variable.is_realized() and variable.peek_type() is not int:
+        return None
+    variable = variable.realize()
+    if not isinstance(variable, ConstantVariable):
         return None
     value = variable.as_python_constant()
     return value if type(value) is int else None

@@ -482,7 +482,7 @@ def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None
     carries = static.carries(tx)
     found = None if carries is None else static.elements(tx, iterator)
     if found is None or carries is None:
-        what = "it goes over something else than numbers, alike modules, rows of a tensor, or tuples of these"
+        what = "it goes over something else than numbers in steps, alike modules, rows of a tensor, or tuples of these"
         left = "an iteration leaves something to the next that is not a tensor that each adds to"
         refusal = Refusal(path, location, left if carries is None else what)
         capture.unsaid.append((refusal, dynamo_code.loop_lines(tx)))
