@@ -1062,17 +1062,17 @@ def number_as_string(m, x, ids, weights, expert, slot, token):
     return x[token] * {"0": 1.0, "1": 2.0, "2": 3.0, "3": 4.0}[f"{expert.item()}"]
 
 
-@right_body()
+@refused_body("picks from a dict by `index`")
 def number_in_dict(m, x, ids, weights, expert, slot, token):
     return x[token] * {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}[expert.item()]
 
 
-@right_body()
+@refused_body("picks from a list by `index`")
 def number_in_list(m, x, ids, weights, expert, slot, token):
     return x[token] * [1.0, 2.0, 3.0, 4.0][expert]
 
 
-@right_body()
+@refused_body("Python needs the value of `index`")
 def number_as_range(m, x, ids, weights, expert, slot, token):
     rows = x[token]
     for _ in range(expert.item()):

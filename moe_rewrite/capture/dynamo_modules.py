@@ -123,6 +123,12 @@ def realized(variable: Any) -> Any:
     return variable.realize()
 
 
+def source_name(variable: Any) -> str:
+    """How the traced code comes to an object that was there before; ``""`` for others. torch 2.11, 2.13."""
+    name = getattr(getattr(variable, "source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
 def tuple_items(variable: Any) -> list[Any] | None:
     """The items of a tuple. torch 2.11, 2.13, 2.15."""
     return list(variable.items) if type(variable) is TupleVariable else None
@@ -546,8 +552,7 @@ def is_of_template(variable: Any) -> bool:
     variable = variable.realize() if isinstance(variable, VariableTracker) else None
     if getattr(variable, "moe_rewrite_stands_in", False):
         return True
-    name = getattr(getattr(variable, "source", None), "name", "") if _is_module(variable) else ""
-    return TEMPLATE in (name() if callable(name) else name)
+    return _is_module(variable) and TEMPLATE in source_name(variable)
 
 
 def is_none(variable: Any) -> bool:
