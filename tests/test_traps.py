@@ -159,6 +159,13 @@ def attention_among_rows(m, x, ids, weights, expert, slot, token):
     return (rows @ rows.T).softmax(-1) @ rows
 
 
+@refused_body("not known to act on each row alone")
+def attention_in_each_row(m, x, ids, weights, expert, slot, token):
+    """No random numbers are drawn."""
+    heads = x[token].view(-1, 1, 2, 4)
+    return F.scaled_dot_product_attention(heads, heads, heads).reshape(-1, 8)
+
+
 @refused_body("merges or splits the rows")
 def flattened_softmax(m, x, ids, weights, expert, slot, token):
     rows = x[token]
@@ -1460,6 +1467,12 @@ def rows_selected_twice(m, x, ids, weights):
 @refused_body("random")
 def dropout(m, x, ids, weights, expert, slot, token):
     return F.dropout(x[token], 0.5, training=True)
+
+
+@refused_body("random|not known to act on each row alone")
+def attention_that_drops(m, x, ids, weights, expert, slot, token):
+    heads = x[token].view(-1, 1, 2, 4)
+    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5).reshape(-1, 8)
 
 
 @refused_body("random")
