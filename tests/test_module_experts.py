@@ -314,6 +314,36 @@ def test_captured_once_whatever_the_number_of_experts(name: str) -> None:
     assert loop.before.count("torch._C._nn.linear(") == 3
 
 
+def _by_a_list_of_numbers(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i in m.order:
+        token, slot = torch.where(ids == i)
+        out.index_add_(0, token, m.experts[i](x[token]) * weights[token, slot, None])
+    return out
+
+
+def _by_a_list_of_factors(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i, (expert, factor) in enumerate(zip(m.experts, m.order, strict=True)):
+        token, slot = torch.where(ids == i)
+        out.index_add_(0, token, expert(x[token]) * weights[token, slot, None] * factor)
+    return out
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+@pytest.mark.parametrize("loop", [_by_a_list_of_numbers, _by_a_list_of_factors])
+def test_numbers_in_a_list_of_the_model(loop: Loop, dynamic: bool | None, log: Callable[[], str]) -> None:
+    """As a list that is written out. The compiled loop is for these numbers alone."""
+    eager, model = Block(loop), Block(loop)
+    fast = compiled(model, fullgraph=True, dynamic=dynamic)
+    for order in ([0, 1, 2, 3], [1, 1, 2, 3], [0, 1, 2, 3], [3, 1, 0, 2]):
+        eager.order, model.order = list(order), list(order)
+        for _ in range(2):
+            assert_same(run(fast, model, inputs()), run(eager, eager, inputs()))
+            assert "-> grouped_mm" in log()  # by the first order
+            eager.order[0] = model.order[0] = 2
+
+
 # --- the parameters of the model --------------------------------------------------------------------------------------
 
 
@@ -607,9 +637,35 @@ def _in_odd_order(m: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
+def _picking(pick: Callable[[Any, int], Any], backwards: bool = False) -> Loop:
+    """``pick(block, i)``: what the expert with the number ``i`` does with its rows."""
+
+    def loop(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in reversed(range(E)) if backwards else range(E):
+            token, slot = torch.where(ids == i)
+            out.index_add_(0, token, pick(m, i)(x[token]) * weights[token, slot, None])
+        return out
+
+    return loop
+
+
+FACTORS = [0.5, 1.0, 2.0, 4.0]
+PICKS = {
+    "ModuleList (`experts`) by `index - 1`": _picking(lambda m, i: m.experts[i - 1]),
+    "ModuleList (`experts`) by `Mod(index + 1, 4)`": _picking(lambda m, i: m.experts[(i + 1) % E]),
+    "ModuleList (`experts`) by `3 - index`": _picking(lambda m, i: m.experts[i], backwards=True),
+    "list by `index`": _picking(lambda m, i: lambda rows: rows * FACTORS[i]),
+}
+
+
 @pytest.mark.parametrize(
     ("loop", "reason"),
-    [(_counting, "an iteration leaves something to the next"), (_in_odd_order, "it goes over something else")],
+    [
+        (_counting, "an iteration leaves something to the next"),
+        (_in_odd_order, "it goes over something else"),
+        *((loop, f"the expert's index picks from a {what}; it may") for what, loop in PICKS.items()),
+    ],
 )
 def test_reason_for_loops_that_are_not_rolled(loop: Loop, reason: str, log: Callable[[], str]) -> None:
     """They select rows, so they are told from loops over layers."""

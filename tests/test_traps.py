@@ -161,6 +161,13 @@ def attention_among_rows(m, x, ids, weights, expert, slot, token):
     return (rows @ rows.T).softmax(-1) @ rows
 
 
+@refused_body("not known to act on each row alone")
+def attention_in_each_row(m, x, ids, weights, expert, slot, token):
+    """No random numbers are drawn."""
+    heads = x[token].view(-1, 1, 2, 4)
+    return F.scaled_dot_product_attention(heads, heads, heads).reshape(-1, 8)
+
+
 @refused_body("merges or splits the rows")
 def flattened_softmax(m, x, ids, weights, expert, slot, token):
     rows = x[token]
@@ -1202,17 +1209,17 @@ def number_as_string(m, x, ids, weights, expert, slot, token):
     return x[token] * {"0": 1.0, "1": 2.0, "2": 3.0, "3": 4.0}[f"{expert.item()}"]
 
 
-@right_body()
+@refused_body("picks from a dict by `index`")
 def number_in_dict(m, x, ids, weights, expert, slot, token):
     return x[token] * {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}[expert.item()]
 
 
-@right_body()
+@refused_body("picks from a list by `index`")
 def number_in_list(m, x, ids, weights, expert, slot, token):
     return x[token] * [1.0, 2.0, 3.0, 4.0][expert]
 
 
-@right_body()
+@refused_body("Python needs the value of `index`")
 def number_as_range(m, x, ids, weights, expert, slot, token):
     rows = x[token]
     for _ in range(expert.item()):
@@ -1626,6 +1633,12 @@ def rows_selected_twice(m, x, ids, weights):
 @refused_body("random")
 def dropout(m, x, ids, weights, expert, slot, token):
     return F.dropout(x[token], 0.5, training=True)
+
+
+@refused_body("random|not known to act on each row alone")
+def attention_that_drops(m, x, ids, weights, expert, slot, token):
+    heads = x[token].view(-1, 1, 2, 4)
+    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5).reshape(-1, 8)
 
 
 @refused_body("random")

@@ -4,7 +4,9 @@ processes that find what an earlier one compiled.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from graphs import Graphs
 from hub import build, experts_modules, logits, random_tokens
-from loops import Stack, states
+from loops import Experts, Stack, inputs, states
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -171,6 +175,72 @@ def test_compiled_inside_of_a_mode(mode: Callable[[], Any], inner: str) -> None:
     assert len(graphs) == count == 2
 
 
+class InMode(nn.Module):
+    """A loop under a mode that its own module switches, as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.experts, self.how = Experts(), how
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        m, out = self.experts, torch.zeros_like(x)
+        if self.how == "function":
+            with torch.inference_mode():
+                out = m(x, ids, weights)
+        elif self.how == "body":
+            for expert in range(m.num_experts):
+                token, slot = torch.where(ids == expert)
+                with torch.inference_mode():
+                    out.index_add_(0, token, m.expert(x[token], expert) * weights[token, slot, None])
+        else:
+            with torch.inference_mode(self.how == "with") if self.how != "before" else contextlib.nullcontext():
+                out = torch.zeros_like(x) if self.how == "with False" else out
+                for expert in range(m.num_experts):
+                    token, slot = torch.where(ids == expert)
+                    out.index_add_(0, token, m.expert(x[token], expert) * weights[token, slot, None])
+            with torch.inference_mode():
+                weights * 2
+        return out * 1
+
+    @torch.inference_mode()
+    def decorated(self, *args: Tensor) -> Tensor:
+        return self.forward(*args)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["with", "with False", "body", "function", "decorated", "before"])
+def test_inference_mode_inside(
+    how: str, around: Callable[[], Any], inner: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a loop is left as it is; one in a frame of its own, which Dynamo makes then, has the mode around it."""
+    model, args, graphs = InMode("before" if how == "decorated" else how), inputs(), Graphs(inner)
+    forward = model.decorated if how == "decorated" else model.forward
+    fast = torch.compile(forward, backend="moe_rewrite", options={"inner": graphs})
+    with around(), caplog.at_level(logging.INFO, logger="moe_rewrite"):
+        expected, actual = forward(*args), fast(*args)
+    torch.testing.assert_close(actual, expected)
+    for flag in (Tensor.is_inference, lambda tensor: tensor.requires_grad):
+        assert flag(actual) == flag(expected)
+    said = [r.getMessage() for r in caplog.records if "left as it is" in r.getMessage()]
+    assert bool(said) == (how != "before")
+    assert all("`torch.inference_mode` is switched" in message for message in said)
+    assert bool(graphs.rewritten()) == (how in ("before", "function", "decorated"))
+
+
+def test_inference_mode_around_a_checkpoint() -> None:
+    """The mode is entered in another graph than the loop stands in."""
+    model, args = Experts(), inputs()
+
+    def forward(*args: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.utils.checkpoint.checkpoint(model, *args, use_reentrant=False) * 1
+
+    fast = torch.compile(forward, backend="moe_rewrite", fullgraph=True)
+    with pytest.raises(Unsupported, match=r"`torch\.inference_mode` is switched"):
+        fast(*args)
+
+
 # --- several models, several threads ---------------------------------------------------------------------------------
 
 
@@ -244,7 +314,7 @@ def test_threads_beside_a_stock_compile() -> None:
 
 PROGRAM = """
 import json, sys, torch
-from loops import Stack, states, weigh_up
+from loops import Experts, Stack, inputs, states, weigh_up
 from test_module_experts import FORMS, Block, inputs
 from torch._dynamo.utils import counters
 

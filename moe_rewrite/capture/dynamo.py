@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -153,6 +154,20 @@ def user_location(tx: Any) -> str:
 def has_forward_gradients() -> bool:
     """Whether forward-mode gradients are being computed where Dynamo stands. torch 2.11 and 2.13."""
     return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
+def is_under_inference_mode(tx: Any, begin: Any) -> bool:
+    """Whether the traced code is under a ``torch.inference_mode`` of its own, or has been since the node ``begin``.
+
+    One that is around the compiled call is not seen: Dynamo traces without it. torch 2.11 and 2.13.
+    """
+    enter, tracer = torch.autograd.grad_mode._enter_inference_mode, tx.output.current_tracer
+    while tracer is not None:
+        entered = tracer.graph.find_nodes(op="call_function", target=enter)
+        if any(not node.users or (node.graph is begin.graph and begin < max(node.users)) for node in entered):
+            return True
+        tracer = tracer.parent
+    return False
 
 
 def module_stack_path(tx: Any) -> str:
@@ -318,6 +333,28 @@ def steps_of(variable: Any, number: Any) -> tuple[int, int] | None:
     step = expression.coeff(symbol)
     rest = expression - step * symbol
     return (int(step), int(rest)) if step.is_Integer and rest.expand().is_Integer else None
+
+
+def spelled(variable: Any, number: Any) -> str:
+    """A number that is computed from ``number`` alone, with that called ``index``. torch 2.11 and 2.13."""
+    expression = getattr(getattr(getattr(variable, "sym_num", None), "node", None), "expr", None)
+    return "index" if expression is None or number is None else _spelled(expression, number)
+
+
+def _spelled(expression: Any, number: Any) -> str:
+    return re.sub(rf"\b{number.sym_num.node.expr}\b", "index", str(expression))
+
+
+def needed_number(error: BaseException | None, number: Any) -> str | None:
+    """What :func:`spelled` says of the number that Dynamo had to know; None where that is not why it failed.
+
+    torch 2.11 and 2.13.
+    """
+    while error is not None and not isinstance(error, GuardOnDataDependentSymNode):
+        error = error.__cause__ or error.__context__
+    if error is None or number is None or error.cond.free_symbols != number.sym_num.node.expr.free_symbols:
+        return None
+    return _spelled(error.cond, number)
 
 
 def _example(variable: Any) -> torch.Tensor | None:

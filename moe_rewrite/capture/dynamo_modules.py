@@ -123,6 +123,12 @@ def realized(variable: Any) -> Any:
     return variable.realize()
 
 
+def source_name(variable: Any) -> str:
+    """How the traced code comes to an object that was there before; ``""`` for others. torch 2.11, 2.13."""
+    name = getattr(getattr(variable, "source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
 def tuple_items(variable: Any) -> list[Any] | None:
     """The items of a tuple. torch 2.11, 2.13, 2.15."""
     return list(variable.items) if type(variable) is TupleVariable else None
@@ -147,8 +153,14 @@ def put_in_graph(tx: Any, op: torch._ops.OpOverload, *args: Any) -> Any:
 
 
 def python_number(variable: Any) -> int | None:
-    """A Python integer that is known. torch 2.11, 2.13, 2.15."""
-    if isinstance(variable, LazyVariableTracker) or not isinstance(variable, ConstantVariable):
+    """A Python integer that is known. torch 2.11, 2.13, 2.15.
+
+    Where the traced code has found it in an object, there is a guard on its value from now on.
+    """
+    if isinstance(variable, LazyVariableTracker) and not variable.is_realized() and variable.peek_type() is not int:
+        return None
+    variable = variable.realize()
+    if not isinstance(variable, ConstantVariable):
         return None
     value = variable.as_python_constant()
     return value if type(value) is int else None
@@ -540,8 +552,7 @@ def is_of_template(variable: Any) -> bool:
     variable = variable.realize() if isinstance(variable, VariableTracker) else None
     if getattr(variable, "moe_rewrite_stands_in", False):
         return True
-    name = getattr(getattr(variable, "source", None), "name", "") if _is_module(variable) else ""
-    return TEMPLATE in (name() if callable(name) else name)
+    return _is_module(variable) and TEMPLATE in source_name(variable)
 
 
 def is_none(variable: Any) -> bool:

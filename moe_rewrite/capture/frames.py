@@ -213,7 +213,11 @@ def install(is_ours: Callable[[Any], bool], start_session: Callable[[Any], Any])
             if not_rolled and not capture.loops:
                 _say(f"{'; '.join(map(str, not_rolled))}. Unrolled, Dynamo cannot trace it in one graph: {reason}")
             if capture.loops:
-                capture.loops[-1].refuse(f"Dynamo cannot trace the body: {reason}")
+                loop = capture.loops[-1]
+                needed = None if loop.path is None else dynamo.needed_number(error, loop.path.number)
+                if needed is not None:
+                    loop.refuse(f"Python needs the value of `{needed}`, which differs between experts")
+                loop.refuse(f"Dynamo cannot trace the body: {reason}")
             if not widened or isinstance(error, dynamo.Unsupported):
                 raise
             # Python needs a size that stock Dynamo would not have traced up to, or Dynamo fails with one: it breaks the

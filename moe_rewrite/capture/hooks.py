@@ -231,9 +231,31 @@ def _subscript(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
     if capture is None:
         selected = _part_of_numbers(tx, tx.stack[-2], tx.stack[-1])
     if selected is None:
-        return original(tx, instruction)
+        try:
+            return original(tx, instruction)
+        except dynamo.DYNAMO_ERRORS as error:
+            if capture is not None:
+                _refuse_pick(tx, capture.loops[-1], container, key, error)
+            raise
     tx.stack[-2:] = [selected]
     return None
+
+
+def _refuse_pick(tx: Any, loop: RolledIterator, container: Any, key: Any, error: Exception) -> None:
+    """Say what ``container[key]`` may be, where Dynamo failed as it has no number for the index."""
+    number = None if loop.path is None else loop.path.number
+    picks = [item for item in (key.items if dynamo.is_tuple(key) else [key]) if loop.is_made_of_index(item)]
+    # What else can be picked from may run code of the user's, which may fail for another reason.
+    is_plain = isinstance(container, dynamo.TensorVariable) or dynamo_modules.sequence_items(container) is not None
+    if not picks or not (is_plain or dynamo.needed_number(error, number)):
+        return
+    name = clean_path(dynamo_modules.source_name(container)).replace("_parameters.", "")
+    what = container.python_type().__name__ + (f" (`{name}`)" if name else "")
+    loop.refuse(
+        f"the expert's index picks from a {what} by `{dynamo.spelled(picks[0], number)}`; it may pick from a tensor, "
+        f"or a container of modules or parameters, by `index` or by `index + n` where that is not negative",
+        tx,
+    )
 
 
 def _part_of_numbers(tx: Any, container: Any, key: Any) -> Any:
@@ -482,7 +504,7 @@ def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None
     carries = static.carries(tx)
     found = None if carries is None else static.elements(tx, iterator)
     if found is None or carries is None:
-        what = "it goes over something else than numbers, alike modules, rows of a tensor, or tuples of these"
+        what = "it goes over something else than numbers in steps, alike modules, rows of a tensor, or tuples of these"
         left = "an iteration leaves something to the next that is not a tensor that each adds to"
         refusal = Refusal(path, location, left if carries is None else what)
         capture.unsaid.append((refusal, dynamo_code.loop_lines(tx)))

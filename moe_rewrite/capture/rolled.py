@@ -197,6 +197,9 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         return index if self.item is None else self.item(tx, self)
 
     def _close_path(self, tx: Any, path: Path) -> None:
+        if dynamo.is_under_inference_mode(tx, path.index.as_proxy().node):
+            # AOTAutograd takes no graph that changes something in place there.
+            self.refuse("`torch.inference_mode` is switched inside of the compiled function, around the loop or in it")
         check_unchanged(self, path.pieces)
         before, now = path.locals_at_start, dynamo.local_variables(tx)
         changed = [name for name in {**before, **now} if before.get(name) is not now.get(name)]

@@ -261,7 +261,7 @@ class Effects:
         functional = getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None), op._overloadname, None)
         value = self.program.value(target)
         kinds = {value.kind for value in rules.tensors(given)}
-        if functional is None or not rules.is_pointwise(functional) or rules.is_random(op):
+        if functional is None or not rules.is_pointwise(functional) or rules.is_random(op, given):
             raise Refused(f"`{op}` changes a tensor in place, other than by adding rows to an accumulator", node)
         alone = not rules.is_view(target) and not any(map(rules.is_view, target.users))
         if value.kind is Kind.INVARIANT or not alone or (value.kind is Kind.PER_EXPERT and Kind.PER_ROW in kinds):

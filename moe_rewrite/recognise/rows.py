@@ -286,7 +286,7 @@ class RowProgram:
             raise Refused(f"`{op}` changes a tensor in place whose rows are not in the first dimension", node)
         if op._schema.is_mutable:
             return self.effects.mutation(node, op, given)
-        if rules.is_random(op):
+        if rules.is_random(op, given):
             raise Refused("random numbers in the body: each expert draws its own in eager", node)
         if any(isinstance(leaf, Behind) for leaf in rules.leaves(given)):
             return operator_behind(self, node, op, given)

@@ -28,9 +28,9 @@ def arguments(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str
     return {a.name: given.get(a.name, a.default_value) for a in op._schema.arguments}
 
 
-def is_random(op: torch._ops.OpOverload) -> bool:
-    """Whether two calls with the same arguments may differ."""
-    return torch.Tag.nondeterministic_seeded in op.tags
+def is_random(op: torch._ops.OpOverload, given: dict[str, Any]) -> bool:
+    """Whether two calls with the same arguments may differ. Attention draws nothing where it drops nothing."""
+    return torch.Tag.nondeterministic_seeded in op.tags and given.get("dropout_p") != 0
 
 
 def is_pointwise(op: torch._ops.OpOverload) -> bool:
