@@ -637,6 +637,14 @@ def _in_odd_order(m: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
+def _captured(m: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i in range(m.num_experts):
+        token, slot = torch.where(ids == i)
+        out.index_add_(0, token, (lambda rows: m.experts[i](rows))(x[token]) * weights[token, slot, None])
+    return out
+
+
 def _picking(pick: Callable[[Any, int], Any], backwards: bool = False) -> Loop:
     """``pick(block, i)``: what the expert with the number ``i`` does with its rows."""
 
@@ -664,6 +672,7 @@ PICKS = {
     [
         (_counting, "an iteration leaves something to the next"),
         (_in_odd_order, "it goes over something else"),
+        (_captured, "a function captures `i`, which every iteration sets anew"),
         *((loop, f"the expert's index picks from a {what}; it may") for what, loop in PICKS.items()),
     ],
 )

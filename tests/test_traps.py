@@ -631,7 +631,18 @@ def reads_last_iteration(m, x, ids, weights):
     return out
 
 
-@refused(SIDE_EFFECT)
+@refused("a function captures `rows`, which every iteration sets anew")
+def rows_in_closure(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for expert in hits(mask):
+        expert_id = expert[0]
+        _, token = torch.where(mask[expert_id])
+        rows = x[token]
+        out.index_add_(0, token, (lambda weight: rows @ weight)(m.weight[expert_id]))
+    return out
+
+
+@refused("a function captures `count`")
 def counter_in_closure(m, x, ids, weights):
     out, mask, count = torch.zeros_like(x), m.mask(ids), 0
 

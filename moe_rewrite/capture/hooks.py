@@ -45,6 +45,7 @@ def install() -> None:
     dynamo.wrap_opcodes(lambda opcode: opcode == "LIST_APPEND", _append)
     dynamo.wrap_opcodes(lambda opcode: opcode == "UNPACK_SEQUENCE", _unpack)
     dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SLICE", _store_slice)
+    dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_DEREF", _store_captured)
     dynamo.wrap_opcodes(lambda opcode: opcode == "GET_ITER", _get_iterator)
     dynamo.wrap_opcodes(_takes_truth, _take_truth)
     dynamo.wrap_opcodes(lambda opcode: opcode in ("IS_OP", "CONTAINS_OP", "COMPARE_OP"), _compare)
@@ -306,6 +307,18 @@ def _store_slice(original: Callable[..., Any], tx: Any, instruction: Any) -> Any
             tx.stack[-4:] = []
             return None
     return original(tx, instruction)
+
+
+def _store_captured(original: Callable[..., Any], tx: Any, instruction: Any) -> Any:
+    """``for expert in hits: f = lambda rows: rows @ weight[expert]``: functions share the variable."""
+    capture = _tracing(tx.output)
+    try:
+        return original(tx, instruction)
+    except dynamo.DYNAMO_ERRORS:
+        if capture is not None:
+            name = instruction.argval
+            capture.loops[-1].refuse(f"a function captures `{name}`, which every iteration sets anew", tx)
+        raise
 
 
 def _put(tx: Any, loop: RolledIterator, container: Any, key: Any, value: Any) -> bool:
