@@ -75,6 +75,15 @@ CASES: dict[str, tuple[Callable[..., Any], torch.dtype, torch.dtype]] = {
     "negative, with bytes": (lambda m, r, e: r * (bytes_of(r) > (m.threshold[e] * 10 - 3).long()), F32, F32),
     "number, with bytes": (lambda m, r, e: r * (bytes_of(r) > e - 2), F32, F32),
     "number, with a byte of the expert": (lambda m, r, e: r * (bytes_of(m.threshold)[e] > e - 2), F32, F32),
+    "a quotient of integers": (lambda m, r, e: r + bytes_of(r) / (m.threshold[e] * 9000).long(), F32, F32),
+    "a quotient by a number": (lambda m, r, e: r + bytes_of(r) / (e + 250), F32, F32),
+    "an angle of integers": (lambda m, r, e: torch.atan2(bytes_of(r), (m.threshold[e] * 9000).long()), F32, F32),
+    "weights of integers": (lambda m, r, e: r @ (bytes_of(m.weight[e]) / (m.threshold[e] * 9000).long()), F32, F32),
+    "a product in low precision": (lambda m, r, e: r * m.threshold[e], BF16, F32),
+    "a product, the other way round": (lambda m, r, e: m.threshold[e] * r, BF16, F32),
+    "a quotient in low precision": (lambda m, r, e: r / m.threshold[e], BF16, F32),
+    "a sum in low precision": (lambda m, r, e: r + m.threshold[e], BF16, F32),
+    "beyond float16": (lambda m, r, e: (r * 1e-4) * (m.threshold[e] * 1e6), torch.float16, F32),
     "integers with a float": (lambda m, r, e: r * (bytes_of(r) * m.threshold[e] > 0.2), F32, F32),
 }
 
@@ -97,7 +106,7 @@ def test_as_in_eager(name, selects, experts):
         torch._dynamo.reset()
         options = {"experts": experts, "inner": inner}
         actual = torch.compile(module, backend="moe_rewrite", fullgraph=True, options=options)(x, ids)
-        torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=1e-6 if dtype is F32 else 0, atol=0)
 
 
 DTYPES = (*(torch.bool, torch.uint8, torch.int32, torch.int64), *(torch.float16, BF16, F32, F64, torch.complex64))

@@ -429,6 +429,18 @@ def range_always_makes_a_new_tensor(m, x, ids, weights):
 
 
 @right()
+def a_hit_always_makes_a_new_tensor(m, x, ids, weights):
+    """Ids of ``topk`` are those of experts: some expert is hit."""
+    out, ids = x, (x @ m.weight[0][:, : m.num_experts]).topk(2).indices
+    mask = m.mask(ids)
+    for expert in hits(mask):
+        expert = expert[0]
+        _, token = torch.where(mask[expert])
+        out = out.index_add(0, token, x[token] @ m.weight[expert])
+    return out
+
+
+@right()
 def one_way_reads_what_another_adds(m, x, ids, weights):
     out, second, mask = torch.zeros_like(x), torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):
@@ -1867,6 +1879,7 @@ DATA: dict[str, tuple[Loop, Callable[[], Args]]] = {
     "added_to_states": (RIGHT["accumulator_not_zero"].loop, inputs),
     "added_to_idle_dropout": (RIGHT["accumulator_of_idle_dropout"].loop, inputs),
     "range_always_makes_a_new_tensor": (RIGHT["range_always_makes_a_new_tensor"].loop, inputs),
+    "a_hit_always_makes_a_new_tensor": (RIGHT["a_hit_always_makes_a_new_tensor"].loop, inputs),
     **{f"start_is_left_{name}": (loop, inputs) for name, loop in CARRIED.items()},
     "frames_side_by_side": (RIGHT["frames_side_by_side"].loop, inputs),
     "frames_transposed": (RIGHT["frames_transposed"].loop, inputs),

@@ -254,7 +254,7 @@ def _refuse_pick(tx: Any, loop: RolledIterator, container: Any, key: Any, error:
     what = container.python_type().__name__ + (f" (`{name}`)" if name else "")
     loop.refuse(
         f"the expert's index picks from a {what} by `{dynamo.spelled(picks[0], number)}`; it may pick from a tensor, "
-        f"or a container of modules or parameters, by `index` or by `index + n` where that is not negative",
+        f"or a container of modules or parameters, by the index, or the index plus a number if that is never negative",
         tx,
     )
 

@@ -102,10 +102,20 @@ def _apart_from_start(finding: Finding, findings: list[Finding]) -> Finding:
 def _always_replaces(path: Finding, number: int) -> bool:
     """Whether there is an iteration of the path in any case, and it makes a new tensor of a carried value."""
     region, loop = path.region, path.outcome
-    always = length_of_range(region.hits) is not None and region.rows == markers.ANY_ROWS
-    if not isinstance(loop, ExpertsLoop) or not always or loop.conditions:
+    if not isinstance(loop, ExpertsLoop) or region.rows != markers.ANY_ROWS or loop.conditions:
+        return False
+    if length_of_range(region.hits) is None and not _hits_some_expert(loop):
         return False
     return isinstance(path.results[region.results.index(region.ends[number])], int)
+
+
+def _hits_some_expert(loop: ExpertsLoop) -> bool:
+    """Whether there is a pair in any case, and every pair has an expert that the loop visits."""
+    dispatch = loop.dispatch
+    if not isinstance(dispatch, TopKDispatch) or not dispatch.in_range or dispatch.merged is not None:
+        return False
+    visits_all = loop.visited is None and loop.experts == (range(loop.num_experts),)
+    return visits_all and all(rules.at_least(size, 1) for size in dispatch.shape)
 
 
 def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Finding:

@@ -2,17 +2,19 @@
 
 In eager such a value, and the expert's index as a number, gives way to the dtype of a tensor that has dimensions. Once
 it has one entry for each row, or for each expert, it does no longer: ``rows > threshold[expert]`` would be compared in
-the threshold's dtype. Where that makes a difference the values are cast first, to the dtype that eager computes in.
+the threshold's dtype. Where that makes a difference the values are cast first, to the dtype of eager's operands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from moe_rewrite.loop import Kind, Value
 
+_UNROUNDED = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 _COMPLEX = {torch.float16: torch.complex32, torch.bfloat16: torch.complex64, torch.float32: torch.complex64}
 
 
@@ -29,6 +31,20 @@ def dtype_to_cast_to(values: Iterable[Value]) -> torch.dtype | None:
         lifted[0 if value.kind is Kind.PER_EXPERT else rank].append(_dtype(value))
     wanted = _computed_in(eager)
     return None if wanted is None or wanted is _computed_in(lifted) else wanted
+
+
+def computed_in(op: Any, given: dict[str, Any], dtype: torch.dtype, result: torch.Tensor) -> torch.dtype | None:
+    """The dtype that eager computes in and casts every operand to at once, where that is not theirs, ``dtype``.
+
+    True division and others of integers compute in floating point. On a CPU, products and quotients in low precision
+    take a second operand without dimensions unrounded (``BinaryOpsKernel.cpp``).
+    """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return result.dtype if result.dtype.is_floating_point or result.dtype.is_complex else None
+    first = given.get("self")
+    is_low = dtype in (torch.float16, torch.bfloat16) and result.device.type == "cpu"
+    unrounded = is_low and op in _UNROUNDED and isinstance(first, Value) and _rank(first) == 0
+    return torch.float32 if unrounded else None
 
 
 def gives_way(value: Value, dtype: torch.dtype) -> bool:

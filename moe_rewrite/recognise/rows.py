@@ -313,16 +313,26 @@ class RowProgram:
         return self.step(node, Kind.PER_EXPERT, lifted, *args, **kwargs)
 
     def _elementwise(self, node: fx.Node, op: Any, given: dict[str, Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """An elementwise operator and its arguments where values of the expert get an entry for each expert or row."""
+        """An elementwise operator and its arguments, some of them cast, where values of the expert get more entries."""
         if op is aten.masked_fill.Tensor and given["value"].kind is Kind.PER_EXPERT:  # it takes no entries
             op, args, kwargs = aten.where.self, (given["mask"], given["value"], given["self"]), {}
         dtype = promotion.dtype_to_cast_to(rules.tensors(given))
+        if dtype is None:
+            return op, args, kwargs
+        computed = promotion.computed_in(op, given, dtype, node.meta["val"])
 
         def cast(value: Any) -> Any:
-            if dtype is None or not isinstance(value, Value) or not promotion.gives_way(value, dtype):
+            if not isinstance(value, Value):
                 return value
-            example = node.meta["val"].new_empty((), dtype=dtype)
-            return self.extra_step("promoted", value.kind, example, aten._to_copy.default, value, dtype=dtype)
+            is_tensor = isinstance(value.example, torch.Tensor)
+            if computed is not None and is_tensor:
+                to, casts = computed, value.example.dtype not in (torch.bool, computed)
+            else:
+                to, casts = computed or dtype, promotion.gives_way(value, dtype)
+            if not casts:
+                return value
+            example = value.example.to(to) if is_tensor else node.meta["val"].new_empty((), dtype=to)
+            return self.extra_step("promoted", value.kind, example, aten._to_copy.default, value, dtype=to)
 
         return op, tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
