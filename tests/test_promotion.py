@@ -82,6 +82,11 @@ CASES: dict[str, tuple[Callable[..., Any], torch.dtype, torch.dtype]] = {
     "a product in low precision": (lambda m, r, e: r * m.threshold[e], BF16, F32),
     "a product, the other way round": (lambda m, r, e: m.threshold[e] * r, BF16, F32),
     "a quotient in low precision": (lambda m, r, e: r / m.threshold[e], BF16, F32),
+    "a quotient rounded in low precision": (
+        lambda m, r, e: torch.div(r, m.threshold[e], rounding_mode="trunc"),
+        *(BF16, F32),
+    ),
+    "a floor in low precision": (lambda m, r, e: r // m.threshold[e] + 1, torch.float16, F32),
     "a sum in low precision": (lambda m, r, e: r + m.threshold[e], BF16, F32),
     "beyond float16": (lambda m, r, e: (r * 1e-4) * (m.threshold[e] * 1e6), torch.float16, F32),
     "integers with a float": (lambda m, r, e: r * (bytes_of(r) * m.threshold[e] > 0.2), F32, F32),

@@ -53,7 +53,7 @@ def taken_apart(loop: ExpertsLoop, value: Callable[[Value], Any]) -> dict[Value,
             slices.setdefault(source, []).append((ranges[0], step.result))
     for source, parts in slices.items():
         parts.sort(key=lambda part: part[0].start)
-        ranges = [columns for columns, _ in parts]
+        ranges = [one for one, _ in parts]
         in_turn = len({one.step for one in ranges}) == 1 and ranges[0].step == len(ranges) > 1
         if len(parts) > 1 and ranges == _every_column(ranges, source.example.shape[1], in_turn):
             # They are computed together, when the turn of the first comes.

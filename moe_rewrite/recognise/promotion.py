@@ -14,7 +14,8 @@ import torch
 
 from moe_rewrite.loop import Kind, Value
 
-_UNROUNDED = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
+_ATEN = torch.ops.aten
+_UNROUNDED = (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.div.Tensor_mode, _ATEN.floor_divide.default)
 _COMPLEX = {torch.float16: torch.complex32, torch.bfloat16: torch.complex64, torch.float32: torch.complex64}
 
 
