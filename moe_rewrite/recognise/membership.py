@@ -16,6 +16,7 @@ from torch import fx
 
 from moe_rewrite import markers
 from moe_rewrite.recognise.origins import origin_of
+from moe_rewrite.recognise.rules import is_one
 
 aten = torch.ops.aten
 
@@ -256,22 +257,18 @@ def _reshaped(node: fx.Node, source: Meaning) -> Meaning | None:
     """A reshape that only adds or drops dimensions of size 1."""
     before = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     after = node.meta["val"].shape
-    kept = [(size, label) for size, label in zip(before, source.labels, strict=True) if not _is_one(size)]
-    if any(label is not None for size, label in zip(before, source.labels, strict=True) if _is_one(size)):
+    kept = [(size, label) for size, label in zip(before, source.labels, strict=True) if not is_one(size)]
+    if any(label is not None for size, label in zip(before, source.labels, strict=True) if is_one(size)):
         return None  # an axis of length 1 must keep its place to be told apart
     labels: list[Label] = []
     for size in after:
-        if _is_one(size):
+        if is_one(size):
             labels.append(None)
         elif kept and _same(kept[0][0], size):
             labels.append(kept.pop(0)[1])
         else:
             return None
     return None if kept else dataclasses.replace(source, labels=tuple(labels))
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
