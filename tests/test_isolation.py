@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import threading
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 import torch._dynamo.config
 import torch._inductor.config
-from loops import Moe, Stack, inputs, plain, states
-from torch import fx
+from loops import Moe, Stack, inputs, plain, sentinel, states
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_rewrite
 from moe_rewrite import markers
@@ -108,6 +110,23 @@ def test_nothing_is_left_behind_by_an_error() -> None:
     assert settings() == before
     assert count_graphs() == graphs
     compile_ours()
+
+
+def test_fake_results_are_kept_outside_of_bodies() -> None:
+    kept: dict[str, list[bool]] = {}
+    call = FakeTensorMode.dispatch
+
+    def dispatch(mode: FakeTensorMode, func: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.setdefault(str(func), []).append(mode.cache_enabled)
+        return call(mode, func, *args, **kwargs)
+
+    def loop(m: Moe, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return sentinel(m, x.cos(), ids, weights).sin()
+
+    with unittest.mock.patch.object(FakeTensorMode, "dispatch", dispatch):
+        torch.compile(Moe(loop), backend="moe_rewrite", fullgraph=True, options={"inner": "eager"})(*inputs())
+    first = {operator: calls[0] for operator, calls in kept.items()}
+    assert first["aten.cos.default"] and first["aten.sin.default"] and not first["aten.index_add_.default"]
 
 
 def test_switching_leaves_what_others_compiled() -> None:

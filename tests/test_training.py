@@ -505,13 +505,25 @@ def one_cuda_device() -> Iterator[torch.device]:
 
 
 @every_model
-def test_loss_curve_on_cuda(make: Callable[[], nn.Module], one_cuda_device: torch.device) -> None:
-    """Inductor, float32; one graph of each size, forward and backward."""
-    eager, model = make().float().to(one_cuda_device), make().float().to(one_cuda_device)
+def test_gradients_on_cuda(make: Callable[[], nn.Module], one_cuda_device: torch.device) -> None:
+    """Inductor, float32; one graph of each size, forward and backward.
+
+    The largest error of a gradient, relative to it and against float64, is of the size of eager's. Entries are not
+    compared one by one: in a whole model rounding reaches some that are small.
+    """
+    exact, eager, model = (make().to(one_cuda_device, dtype) for dtype in (torch.float64, torch.float32, torch.float32))
+    exact.load_state_dict(eager.state_dict())
     ids = random_tokens(2, 9).to(one_cuda_device)
-    for call in (compiled(model, "grouped_mm", "inductor"), eager):
+    for call in (compiled(model, "grouped_mm", "inductor"), eager, exact):
         loss_of(call, ids).backward()
-    assert_same_gradients(model, eager)
+    reference = {name: grad for name, grad in gradients(exact).items() if grad is not None and grad.any()}
+    assert reference
+
+    def largest_error(of_model: nn.Module) -> float:
+        given = gradients(of_model)
+        return max(rms(given[name] - grad) / rms(grad) for name, grad in reference.items())
+
+    assert largest_error(model) <= 2 * largest_error(eager)
 
 
 @pytest.mark.parametrize("experts", [*BACKENDS, "triton"])

@@ -207,6 +207,17 @@ def leave_scope(scope: int) -> None:
     current_scope_id._current_scope_id.value = scope
 
 
+def cache_fake_results(output: Any, enabled: bool) -> bool:
+    """From now on, whether what an operator gives for fake tensors is kept, for operators with equal arguments.
+
+    Returns what it was before. What is given here is the frame's own: Dynamo makes a mode of fake tensors for each time
+    that it traces a frame. torch 2.11, 2.13.
+    """
+    before: bool = output.fake_mode.cache_enabled
+    output.fake_mode.cache_enabled = enabled
+    return before
+
+
 def python_state(output: Any, scope: int) -> dict[Any, Any]:
     """What code in the frame has done so far to Python objects that were there before ``scope`` was left, as far as
     Dynamo lets it pass: attributes (some of them it checks late), globals, hooks, random numbers.

@@ -41,6 +41,7 @@ class Path:
         asked: how many such questions there were so far.
         rows: whether Python was told that the expert has rows, as in ``loop_end``.
         index: the variable of the symbolic row.
+        caches_fake_results: what Dynamo did before the body, see `dynamo.cache_fake_results`.
         is_some: what was supposed of each number of rows that was asked about: at least 1, or 0.
         number: the variable of the index as a Python number, once the body has asked for it.
         carried: the variable of each local that one iteration leaves to the next, at the start of the iteration.
@@ -56,6 +57,7 @@ class Path:
     locals_at_start: dict[str, Any]
     symbols_at_start: frozenset[Any]
     scope: int
+    caches_fake_results: bool
     state_at_start: dict[Any, Any]
     asked: int = 0
     rows: int = markers.ANY_ROWS
@@ -190,6 +192,8 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
             locals_at_start=dynamo.local_variables(tx),
             symbols_at_start=known,
             scope=scope,
+            # The body's sizes are new, so nothing that is kept is ever found. To keep it takes a third of the tracing.
+            caches_fake_results=dynamo.cache_fake_results(tx.output, False),
             state_at_start=dynamo.python_state(tx.output, scope),
             carried=carried,
             lists=lists,
@@ -197,6 +201,7 @@ class RolledIterator(dynamo.IteratorVariable):  # type: ignore[misc]
         return index if self.item is None else self.item(tx, self)
 
     def _close_path(self, tx: Any, path: Path) -> None:
+        dynamo.cache_fake_results(tx.output, path.caches_fake_results)
         if dynamo.is_under_inference_mode(tx, path.index.as_proxy().node):
             # AOTAutograd takes no graph that changes something in place there.
             self.refuse("`torch.inference_mode` is switched inside of the compiled function, around the loop or in it")
