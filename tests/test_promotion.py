@@ -134,21 +134,24 @@ def test_as_torch_says():
             operands.append(operand)
             lifted.append(torch.as_tensor(operand).expand(2, 2) if own is Kind.PER_EXPERT else operand)
         wanted = torch.result_type(*operands)
-        found = promotion.dtype_to_cast_to(values)
-        assert (found is None) == (wanted is torch.result_type(*lifted)), pair
-        assert found in (None, wanted), pair
-        if found is not None:
+        result = torch.empty(2, 2, dtype=wanted)
+        found = promotion.casts(torch.ops.aten.add.Tensor, dict(zip(("self", "other"), values, strict=True)), result)
+        assert (not found) == (wanted is torch.result_type(*lifted)), pair
+        assert set(found.values()) <= {wanted}, pair
+        if found:
             casts += 1
-            after = [
-                one.to(wanted) if isinstance(one, Tensor) and promotion.gives_way(value, wanted) else one
-                for value, one in zip(values, lifted, strict=True)
-            ]
+            after = [one.to(found[value]) if value in found else one for value, one in zip(values, lifted, strict=True)]
             assert torch.result_type(*after) is wanted, pair
     assert casts > 50
 
 
 def test_numbers():
     rows = Value("rows", Kind.PER_ROW, torch.empty(3, 2, dtype=torch.uint8))
-    assert promotion.dtype_to_cast_to([rows, Value("e", Kind.PER_EXPERT, 3)]) is torch.uint8
-    assert promotion.dtype_to_cast_to([rows, Value("e", Kind.INVARIANT, 3)]) is None
-    assert promotion.dtype_to_cast_to([rows, Value("e", Kind.PER_EXPERT, 0.5)]) is None
+
+    def cast_with(kind: Kind, number: Any) -> list[torch.dtype]:
+        given = {"self": rows, "other": Value("e", kind, number)}
+        return list(promotion.casts(torch.ops.aten.add.Tensor, given, rows.example).values())
+
+    assert cast_with(Kind.PER_EXPERT, 3) == [torch.uint8]
+    assert cast_with(Kind.INVARIANT, 3) == []
+    assert cast_with(Kind.PER_EXPERT, 0.5) == []

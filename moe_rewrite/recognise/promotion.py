@@ -7,23 +7,31 @@ the threshold's dtype. Where that makes a difference the values are cast first, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from moe_rewrite.loop import Kind, Value
+from moe_rewrite.recognise import rules
 
 _ATEN = torch.ops.aten
 _UNROUNDED = (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.div.Tensor_mode, _ATEN.floor_divide.default)
 _COMPLEX = {torch.float16: torch.complex32, torch.bfloat16: torch.complex64, torch.float32: torch.complex64}
 
 
-def dtype_to_cast_to(values: Iterable[Value]) -> torch.dtype | None:
-    """What those of an elementwise operator's operands that have no dimensions are to be cast to before it is lifted.
+def casts(op: Any, given: dict[str, Any], result: torch.Tensor) -> dict[Value, torch.dtype]:
+    """What has to be cast, and to which dtype, before values of the expert get more entries.
 
-    None where it computes in the same dtype without.
+    Args:
+        op: an elementwise operator.
+        given: its arguments by name.
+        result: an example of what it gives.
+
+    Returns:
+        Nothing where it computes in the same dtype without. Truths stay what they are: ``where`` takes no others. So
+        do numbers that are the same for all experts.
     """
+    values = rules.tensors(given)
     eager: list[list[torch.dtype]] = [[], [], []]  # of tensors with dimensions, of others, of numbers
     lifted: list[list[torch.dtype]] = [[], [], []]
     for value in values:
@@ -31,10 +39,21 @@ def dtype_to_cast_to(values: Iterable[Value]) -> torch.dtype | None:
         eager[rank].append(_dtype(value))
         lifted[0 if value.kind is Kind.PER_EXPERT else rank].append(_dtype(value))
     wanted = _computed_in(eager)
-    return None if wanted is None or wanted is _computed_in(lifted) else wanted
+    if wanted is None or wanted is _computed_in(lifted):
+        return {}
+    at_once = _cast_at_once(op, given, wanted, result)
+    to = wanted if at_once is None else at_once
+
+    def is_cast(value: Value) -> bool:
+        rank = _rank(value)
+        if rank == 2:
+            return value.kind is Kind.PER_EXPERT
+        return (rank == 1 or at_once is not None) and _dtype(value) not in (torch.bool, to)
+
+    return {value: to for value in values if is_cast(value)}
 
 
-def computed_in(op: Any, given: dict[str, Any], dtype: torch.dtype, result: torch.Tensor) -> torch.dtype | None:
+def _cast_at_once(op: Any, given: dict[str, Any], dtype: torch.dtype, result: torch.Tensor) -> torch.dtype | None:
     """The dtype that eager computes in and casts every operand to at once, where that is not theirs, ``dtype``.
 
     True division and others of integers compute in floating point. On a CPU, products and quotients in low precision
@@ -46,16 +65,6 @@ def computed_in(op: Any, given: dict[str, Any], dtype: torch.dtype, result: torc
     is_low = dtype in (torch.float16, torch.bfloat16) and result.device.type == "cpu"
     unrounded = is_low and op in _UNROUNDED and isinstance(first, Value) and _rank(first) == 0
     return torch.float32 if unrounded else None
-
-
-def gives_way(value: Value, dtype: torch.dtype) -> bool:
-    """Whether a value is to be cast to ``dtype``, which tensors that have dimensions ask for.
-
-    Truths stay what they are: ``where`` takes no others. So do numbers that are the same for all experts.
-    """
-    if _rank(value) == 2:
-        return value.kind is Kind.PER_EXPERT
-    return _rank(value) == 1 and _dtype(value) not in (torch.bool, dtype)
 
 
 def _rank(value: Value) -> int:

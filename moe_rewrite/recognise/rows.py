@@ -316,23 +316,15 @@ class RowProgram:
         """An elementwise operator and its arguments, some of them cast, where values of the expert get more entries."""
         if op is aten.masked_fill.Tensor and given["value"].kind is Kind.PER_EXPERT:  # it takes no entries
             op, args, kwargs = aten.where.self, (given["mask"], given["value"], given["self"]), {}
-        dtype = promotion.dtype_to_cast_to(rules.tensors(given))
-        if dtype is None:
-            return op, args, kwargs
-        computed = promotion.computed_in(op, given, dtype, node.meta["val"])
+        casts = promotion.casts(op, given, node.meta["val"])
 
         def cast(value: Any) -> Any:
-            if not isinstance(value, Value):
+            if not isinstance(value, Value) or value not in casts:
                 return value
-            is_tensor = isinstance(value.example, torch.Tensor)
-            if computed is not None and is_tensor:
-                to, casts = computed, value.example.dtype not in (torch.bool, computed)
-            else:
-                to, casts = computed or dtype, promotion.gives_way(value, dtype)
-            if not casts:
-                return value
-            example = value.example.to(to) if is_tensor else node.meta["val"].new_empty((), dtype=to)
-            return self.extra_step("promoted", value.kind, example, aten._to_copy.default, value, dtype=to)
+            to, example = casts[value], value.example
+            is_tensor = isinstance(example, torch.Tensor)
+            cast_example = example.to(to) if is_tensor else node.meta["val"].new_empty((), dtype=to)
+            return self.extra_step("promoted", value.kind, cast_example, aten._to_copy.default, value, dtype=to)
 
         return op, tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
