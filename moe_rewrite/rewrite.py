@@ -14,8 +14,8 @@ from moe_rewrite.config import ExpertsMapping
 from moe_rewrite.errors import MoeRewriteError, NotLiftedError
 from moe_rewrite.loop import ExpertsLoop, Refusal
 from moe_rewrite.lower import ExpertsBackend, InnerCompiler, Lifted, digest
-from moe_rewrite.nodes import has_unknown_size, standalone_code
-from moe_rewrite.recognise import Finding, find_loops
+from moe_rewrite.nodes import example_value, has_unknown_size, standalone_code
+from moe_rewrite.recognise import Finding, find_loops, rules
 from moe_rewrite.recognise.pieces import spell_out_pieces
 from moe_rewrite.report import LoopReport, log_reports
 
@@ -181,14 +181,15 @@ def _replace(
     """
     assert report.loop is not None
     loop = dataclasses.replace(report.loop, inputs=tuple(replaced.get(node, node) for node in report.loop.inputs))
+    results = dict(zip(plan.finding.results, plan.finding.region.results, strict=True))
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         lifted = Lifted(loop, inputs, compiler, plan.needs_grad)
         backend.build(loop, lifted)
-        return lifted.outputs
+        return [_laid_out_as(example_value(results[n]), output) for n, output in enumerate(lifted.outputs)]
 
     try:
-        key = _fingerprint(loop, backend, plan.needs_grad)
+        key = _fingerprint(loop, backend, plan.needs_grad), fingerprint.of_inputs(plan.finding.region.results)
         replacement = known.get(key) or splice.trace_replacement(loop, run)
         made = [node for node in replacement.graph.nodes if node.op != "placeholder"]
         if not any(node.op == "get_attr" or has_unknown_size(node) for node in made):
@@ -200,6 +201,16 @@ def _replace(
         raise LoopRefused([report.refused(reason)]) from error
     digest.mark(plan.gm)
     return dataclasses.replace(report, loop=loop, after=standalone_code(new, loop.inputs)), outputs
+
+
+def _laid_out_as(example: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """A result strided as it is in eager: a view may be taken of it."""
+    if rules.same_layout(example, output):
+        return output
+    contiguous = output.contiguous()
+    if rules.same_layout(example, contiguous):
+        return contiguous
+    return output.new_empty_strided(output.shape, example.stride()).copy_(output)
 
 
 def _fingerprint(loop: ExpertsLoop, backend: ExpertsBackend, needs_grad: bool) -> Hashable:

@@ -207,7 +207,10 @@ class Lifted:
             return numbers + step.args[0] if step.args else numbers
         if step.op is Primitive.SELECT_EXPERT:
             table, dim = self._values[step.args[0]], step.args[1]
-            table = table.movedim(dim, 0) if dim else table
+            if dim:
+                table = table.movedim(dim, 0)
+                # What an index looks up is strided like the index, of which fake tensors know nothing (torch 2.13).
+                table = table if table.is_floating_point() or table.is_complex() else table.contiguous()
             size = table.shape[0]  # that of a `bincount` is not known when compiling
             whole = isinstance(size, int) and size == num_experts
             return table if whole else table.narrow(0, step.args[2] if len(step.args) > 2 else 0, num_experts)

@@ -92,10 +92,14 @@ def _apart_from_start(finding: Finding, findings: list[Finding]) -> Finding:
         changed = [_changed_inputs(other.outcome) for other in paths if isinstance(other.outcome, ExpertsLoop)]
         starts = [other.region.ends[number].args[1] for other in paths]
         in_place = any(start.args[1] in inputs for start in starts for inputs in changed)
-        if in_place or not any(_always_replaces(other, number) for other in paths):
+        replaces = any(_always_replaces(other, number) for other in paths)
+        reason = None
+        if in_place or not replaces:
             reason = told_from_start(starts[0], paths[-1].region.ends[number], in_place)
-            if reason is not None:
-                return Finding(finding.region, Refusal(loop.path, loop.location, reason))
+        if not replaces and not rules.same_layout(example_value(starts[0].args[1]), example_value(end)):
+            reason = "what the loop leaves behind may be what it started from, and is strided in another way"
+        if reason is not None:
+            return Finding(finding.region, Refusal(loop.path, loop.location, reason))
     return finding
 
 

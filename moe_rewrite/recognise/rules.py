@@ -198,6 +198,12 @@ def at_least(size: Any, least: int) -> bool:
     return bool(statically_known_true(size >= least))
 
 
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are known to be strided alike."""
+    dims = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(same_size(size, 1) or same_size(one, other) for size, one, other in dims)
+
+
 def is_apart(tensor: torch.Tensor) -> bool:
     """Whether any two entries of a tensor lie in places of their own: each stride reaches past what is within it."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
