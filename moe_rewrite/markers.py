@@ -160,7 +160,8 @@ def _(index: Tensor, carry: Tensor, end: Tensor) -> Tensor:
 
 @torch.library.register_fake("moe_rewrite::collect", lib=_LIBRARY)
 def _(index: Tensor, value: Tensor, num_values: int) -> Tensor:
-    return value.new_empty(num_values, *value.shape)
+    one = torch.empty_like(value)  # each item of the list is strided as the value, without gaps
+    return one.new_empty_strided((num_values, *one.shape), (one.numel(), *one.stride()))
 
 
 @torch.library.register_fake("moe_rewrite::piece", lib=_LIBRARY)

@@ -106,3 +106,52 @@ def test_looked_up_by_columns(inner: str) -> None:
     run = torch.compile(loop, backend="moe_rewrite", fullgraph=True, options={"inner": graphs})
     torch.testing.assert_close(run(*args), loop(*args))
     assert graphs.rewritten()
+
+
+class Listed(nn.Module):
+    """``item(weight, x)`` of each expert goes into a list."""
+
+    def __init__(self, item: Callable[..., Tensor], after: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0)))
+        self.item, self.after = item, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after([self.item(self.weight[expert], x) for expert in range(NUM_EXPERTS)])
+
+
+def _one_written_through_a_view(items: list[Tensor]) -> Tensor:
+    items[0].t().reshape(-1).mul_(2)
+    return items[0]
+
+
+ITEMS: dict[str, Callable[..., Tensor]] = {
+    "rows": lambda weight, x: x @ weight,
+    "columns": lambda weight, x: (weight @ x.t()).t(),
+    "part": lambda weight, x: (x @ weight)[:, :4],
+    "expanded": lambda weight, x: (x @ weight)[:, :1].expand(-1, 4),
+}
+AFTER_LIST: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "sum": lambda items: torch.stack(items).sum(0),
+    "one": lambda items: items[1],
+    "view": lambda items: items[1].t().view(-1),
+    "written through a view": _one_written_through_a_view,
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("after", AFTER_LIST)
+@pytest.mark.parametrize("item", ITEMS)
+def test_list_as_in_eager(item: str, after: str, inner: str) -> None:
+    module, x = Listed(ITEMS[item], AFTER_LIST[after]), torch.randn(TOKENS, HIDDEN)
+    run = torch.compile(module, backend="moe_rewrite", options={"inner": inner})
+    torch._dynamo.reset()
+    with torch.no_grad():
+        try:
+            expected = module(x)
+        except RuntimeError:  # a view of what is not contiguous
+            return
+        actual = run(x)
+    torch.testing.assert_close(actual, expected)
+    if item in ("rows", "columns"):
+        assert actual.stride() == expected.stride()

@@ -177,7 +177,7 @@ class Lifted:
         result: Tensor = self._values[value]
         if value.kind is not Kind.PER_EXPERT:
             result = result.unsqueeze(0).expand(self.loop.num_experts, *result.shape)
-        return result.contiguous()
+        return result
 
     def _arguments(self, step: Step) -> tuple[Any, Any]:
         lookup = self._values.__getitem__

@@ -212,6 +212,12 @@ def _prove(region: Region, paths: list[Region], path: str, location: str, traces
     for node in region.body:
         if node.target in (markers.piece, markers.collect_rows):
             raise Refused(node.meta.get(REASON, "a piece of a tensor is not understood"), node)
+        if (
+            node.target is markers.collect
+            and is_written_to(node)
+            and not rules.is_without_gaps(example_value(node.args[1]))
+        ):
+            raise Refused("what the body puts into a list is a part of something larger, and is written to", node)
     inside, results = {region.begin, region.end, *region.body}, region.results
     for node in region.dependents():
         for user in node.users:

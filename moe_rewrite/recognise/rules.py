@@ -204,6 +204,11 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(same_size(size, 1) or same_size(one, other) for size, one, other in dims)
 
 
+def is_without_gaps(tensor: torch.Tensor) -> bool:
+    """Whether the entries of a tensor are known to be all that lies between its first and its last in memory."""
+    return same_layout(tensor, torch.empty_like(tensor))
+
+
 def is_apart(tensor: torch.Tensor) -> bool:
     """Whether any two entries of a tensor lie in places of their own: each stride reaches past what is within it."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
