@@ -90,8 +90,16 @@ def test_start_that_is_strided_in_another_way() -> None:
         assert run(*args).stride() == module(*args).stride()
 
 
+INDICES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "columns": lambda ids, slot: ids[:, slot],
+    "rows of what is transposed": lambda ids, slot: ids.t()[slot],
+    "columns of two dimensions": lambda ids, slot: ids.view(2, -1, TOP_K).permute(2, 1, 0)[slot].t().reshape(-1),
+}
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_looked_up_by_columns(inner: str) -> None:
+@pytest.mark.parametrize("index", INDICES)
+def test_looked_up_by_columns(index: str, inner: str) -> None:
     """A loop over slots. What ``table[ids.t()]`` gives is strided like ``ids.t()``; fake tensors say something else."""
     graphs = Graphs(inner)
     table = torch.randn(NUM_EXPERTS, HIDDEN, HIDDEN)
@@ -99,10 +107,12 @@ def test_looked_up_by_columns(inner: str) -> None:
     def loop(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for slot in range(TOP_K):
-            out = out + weights[:, slot, None] * torch.einsum("th,tho->to", x, table[ids[:, slot]])
+            matrices = table[INDICES[index](ids, slot)]
+            out = out + weights[:, slot, None] * torch.einsum("th,tho->to", x, matrices)
         return out
 
     args = arguments()
+    torch._dynamo.reset()
     run = torch.compile(loop, backend="moe_rewrite", fullgraph=True, options={"inner": graphs})
     torch.testing.assert_close(run(*args), loop(*args))
     assert graphs.rewritten()

@@ -196,7 +196,7 @@ class Lifted:
         if step.op is Primitive.INPUT:
             return self.inputs[step.args[0]]
         args, kwargs = self._arguments(step)
-        return step.op(*args, **kwargs)  # type: ignore[operator]
+        return _run(step.op, args, kwargs)
 
     def _per_expert(self, step: Step) -> Any:
         num_experts = self.loop.num_experts
@@ -207,10 +207,7 @@ class Lifted:
             return numbers + step.args[0] if step.args else numbers
         if step.op is Primitive.SELECT_EXPERT:
             table, dim = self._values[step.args[0]], step.args[1]
-            if dim:
-                table = table.movedim(dim, 0)
-                # What an index looks up is strided like the index, of which fake tensors know nothing (torch 2.13).
-                table = table if table.is_floating_point() or table.is_complex() else table.contiguous()
+            table = table.movedim(dim, 0) if dim else table
             size = table.shape[0]  # that of a `bincount` is not known when compiling
             whole = isinstance(size, int) and size == num_experts
             return table if whole else table.narrow(0, step.args[2] if len(step.args) > 2 else 0, num_experts)
@@ -225,7 +222,7 @@ class Lifted:
             own = iter(mapped)
             filled = [next(own) if is_each else value for value, is_each in zip(values, each, strict=True)]
             args, kwargs = pytree.tree_unflatten(filled, spec)
-            return step.op(*args, **kwargs)  # type: ignore[operator]
+            return _run(step.op, args, kwargs)
 
         try:
             result = torch.vmap(for_one_expert)(*(v for v, is_each in zip(values, each, strict=True) if is_each))
@@ -273,7 +270,7 @@ class Lifted:
             return pairs.harmless_rows(self.lend(pairs, every))
         if step.op in _INDEXING and step.args[0].kind is not Kind.PER_ROW:
             args = pytree.tree_map_only(Tensor, partial(self._harmless, pairs), args[1:])
-            rows = step.op(self._values[step.args[0]], *args)  # type: ignore[operator]
+            rows = _run(step.op, (self._values[step.args[0]], *args), {})
             return self._harmless_rows(pairs, rows)
         if step.op is Primitive.INDEX_EXPERT:
             value, indices = args
@@ -284,9 +281,19 @@ class Lifted:
             gathered = self._of_expert(pairs, value)
             own = gathered.shape[1:] if gathered.dim() <= rank else gathered.shape[2:]
             return gathered.reshape(-1, *[1] * (rank - 1 - len(own)), *own) if gathered.dim() != rank else gathered
-        result = step.op(*args, **kwargs)  # type: ignore[operator]
+        result = _run(step.op, args, kwargs)
         # A 0-dim value of the expert does not take part in type promotion, one for each pair does.
         return _as_example(result, step.result.example)
+
+
+def _run(op: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator. What is looked up has the strides of its index, of which fake tensors know nothing (torch 2.13):
+    they would take a view of it that cannot be had.
+    """
+    if op is torch.ops.aten.index.Tensor:
+        table, index = args
+        args = table, [None if one is None else one.contiguous() for one in index]
+    return op(*args, **kwargs)
 
 
 def _may_be_an_index(step: Step) -> bool:

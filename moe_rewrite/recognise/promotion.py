@@ -16,7 +16,6 @@ from moe_rewrite.recognise import rules
 
 _ATEN = torch.ops.aten
 _UNROUNDED = (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.div.Tensor_mode, _ATEN.floor_divide.default)
-_COMPLEX = {torch.float16: torch.complex32, torch.bfloat16: torch.complex64, torch.float32: torch.complex64}
 
 
 def casts(op: Any, given: dict[str, Any], result: torch.Tensor) -> dict[Value, torch.dtype]:
@@ -100,7 +99,7 @@ def _combined(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dt
     if higher.is_complex:
         return higher
     if higher.is_floating_point:
-        return _COMPLEX.get(higher, torch.complex128) if lower.is_complex else higher
+        return higher.to_complex() if lower.is_complex else higher
     if higher is torch.bool or lower.is_floating_point or lower.is_complex:
         return torch.promote_types(higher, lower)
     return higher
