@@ -51,6 +51,8 @@ class Primitive(enum.Enum):
 
     INPUT = "input"
     """``INPUT(position)``: one of the loop's inputs."""
+    CONSTANT = "constant"
+    """``CONSTANT(tensor)``: a tensor whose values are written in the body, as in ``torch.tensor(1.5)``."""
     EXPERT_INDEX = "expert_index"
     """``EXPERT_INDEX()``: the index of the expert, a 0-dim int64 tensor. ``EXPERT_INDEX(first)``: more by that."""
     SELECT_EXPERT = "select_expert"

@@ -189,7 +189,7 @@ def _replace(
         return [_laid_out_as(example_value(results[n]), output) for n, output in enumerate(lifted.outputs)]
 
     try:
-        key = _fingerprint(loop, backend, plan.needs_grad), fingerprint.of_inputs(plan.finding.region.results)
+        key = _fingerprint(loop, backend, plan)
         replacement = known.get(key) or splice.trace_replacement(loop, run)
         made = [node for node in replacement.graph.nodes if node.op != "placeholder"]
         if not any(node.op == "get_attr" or has_unknown_size(node) for node in made):
@@ -213,10 +213,10 @@ def _laid_out_as(example: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return output.new_empty_strided(output.shape, example.stride()).copy_(output)
 
 
-def _fingerprint(loop: ExpertsLoop, backend: ExpertsBackend, needs_grad: bool) -> Hashable:
+def _fingerprint(loop: ExpertsLoop, backend: ExpertsBackend, plan: Plan) -> Hashable:
     """What a replacement depends on; something of its own where that is not known."""
     try:
-        structure = fingerprint.of_loop(loop)
+        structure = fingerprint.of_loop(loop), fingerprint.of_inputs(plan.finding.region.results)
     except fingerprint.NoFingerprint:
         return object()
-    return backend.name, structure, needs_grad, None if backend.is_built_in else (loop.path, loop.location)
+    return backend.name, structure, plan.needs_grad, None if backend.is_built_in else (loop.path, loop.location)

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import ExpertsLoop
 from moe_rewrite.nodes import erase_unused
 from moe_rewrite.recognise.aten import autocast_of, trace
 from moe_rewrite.recognise.regions import Region
+
+MAX_CONSTANT = 4096
+"""Of so many numbers a tensor constant may be: they become a part of the generated code."""
 
 
 def trace_replacement(loop: ExpertsLoop, run: Callable[..., list[torch.Tensor]]) -> fx.GraphModule:
@@ -43,7 +47,9 @@ def replace_loop(
             if node.op in ("placeholder", "output"):
                 continue
             if node.op == "get_attr":
-                _move_constant(graph, replacement, node)
+                env[node] = _written_out(graph, getattr(replacement, str(node.target)))
+                env[node].meta = {**meta, "example_value": node.meta.get("val")}
+                continue
             copy = graph.node_copy(node, lambda n: env[n])
             copy.meta = {**meta, "example_value": node.meta.get("val"), "original_aten": node.target}
             env[node] = copy
@@ -53,16 +59,12 @@ def replace_loop(
     return [copy for node, copy in env.items() if node.op not in ("placeholder", "output")], outputs
 
 
-def _move_constant(graph: fx.Graph, replacement: fx.GraphModule, node: fx.Node) -> None:
-    """A tensor constant of the replacement becomes one of the graph's module."""
-    owner = graph.owning_module
-    assert owner is not None
-    value = getattr(replacement, str(node.target))
-    name, count = f"_moe_rewrite_constant_{node.target}", 0
-    while hasattr(owner, name):
-        name, count = f"_moe_rewrite_constant_{node.target}_{count}", count + 1
-    owner.register_buffer(name, value, persistent=False)
-    node.target = name
+def _written_out(graph: fx.Graph, constant: torch.Tensor) -> fx.Node:
+    """A tensor constant as a call with its numbers: AOTAutograd takes no attributes that Dynamo knows nothing of."""
+    if constant.numel() > MAX_CONSTANT:
+        raise NotLiftedError(f"it holds a constant of {constant.numel()} numbers; {MAX_CONSTANT} may be written out")
+    how = {"dtype": constant.dtype, "device": constant.device}
+    return graph.call_function(torch.tensor, (constant.tolist(),), how)
 
 
 def _device_type(loop: ExpertsLoop) -> str:

@@ -14,13 +14,15 @@ import moe_rewrite
 from moe_rewrite.loop import ExpertsLoop
 
 
-def run(loop: Loop, args: tuple[Any, ...], backend: str, backward: bool = True, **kwargs: Any) -> list[ExpertsLoop]:
+def run(
+    loop: Loop, args: tuple[Any, ...], backend: str, backward: bool = True, inner: str = "eager", **kwargs: Any
+) -> list[ExpertsLoop]:
     """Assert that a loop does compiled what it does in Python; what it was recognised as, where it was rewritten."""
     eager, module = Moe(loop), Moe(loop)
     for made in (eager, module):
         for index, expert in enumerate(made.experts):
             nn.init.normal_(expert.weight, generator=torch.Generator().manual_seed(index))
-    options = {"inner": "eager", "experts": backend}
+    options = {"inner": inner, "experts": backend}
     torch._dynamo.reset()
     fn = torch.compile(module, backend="moe_rewrite", options=options, **kwargs)
     expected = observe(eager, eager, args, backward)

@@ -19,6 +19,7 @@ from loops import TOP_K, Moe, Routed, Stack, inputs, loop_over, plain, states
 from torch import Tensor, fx, nn
 
 import moe_rewrite
+from moe_rewrite import splice
 from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.loop import ExpertsLoop
 from moe_rewrite.lower import Lifted
@@ -469,6 +470,27 @@ def test_experts_backend_of_the_user() -> None:
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="'einsum' cannot take it: not today"):
         torch.compile(module, backend="moe_rewrite", options=options, fullgraph=True)(*inputs())
+
+
+@pytest.mark.parametrize(("size", "refused"), [(4, False), (splice.MAX_CONSTANT + 1, True)])
+def test_constant_of_an_experts_backend(size: int, refused: bool) -> None:
+    """It is written out: compilers do not know where a tensor comes from that no module has."""
+
+    def lower(loop: ExpertsLoop, lifted: Lifted) -> None:
+        pairs = lifted.pairs()
+        factor = torch.tensor([2.0] * size, dtype=torch.float64)[0]
+        lifted.run(pairs, lambda rows, weight: torch.einsum("pk,pkn->pn", rows, weight[pairs.expert]) * factor / 2)
+
+    moe_rewrite.register_experts_backend("with_constant", lower, overwrite=True)
+    module = Moe(LOOP)
+    for inner in ("eager", "aot_eager", "inductor"):
+        torch._dynamo.reset()
+        options = {"inner": inner, "experts": "with_constant"}
+        fn = torch.compile(module, backend="moe_rewrite", options=options)
+        torch.testing.assert_close(fn(*inputs()), module(*inputs()))
+        (report,) = moe_rewrite.explain(fn, *inputs()).loops
+        assert (report.refusal is not None) == refused, report.refusal
+        assert not refused or f"a constant of {size} numbers" in str(report.refusal)
 
 
 def test_model_without_experts() -> None:

@@ -115,7 +115,29 @@ def writes_by_a_mask_and_reads_by_its_flat_view(m, x, ids, weights):
     return out + batched
 
 
+def constants(m, x, ids, weights):
+    """Two loops that differ in their constants alone."""
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for limit, scale in ((0.5, [1.0, 2.0]), (0.25, [3.0, -1.0])):
+        for (e,) in hits(mask):
+            slot, token = torch.where(mask[e])
+            rows = m.expert(x[token], e).clamp(max=torch.tensor(limit))
+            rows = rows * torch.tensor(scale, dtype=x.dtype, device=x.device).repeat(HIDDEN // 2) + torch.as_tensor(1)
+            out.index_add_(0, token, rows * weights[token, slot, None])
+    return out
+
+
+def columns_by_a_list(m, x, ids, weights):
+    out, mask, order = torch.zeros_like(x), m.mask(ids), list(range(HIDDEN))
+    for (e,) in hits(mask):
+        slot, token = torch.where(mask[e])
+        rows = m.expert(x[token][:, order[::-1]], e)[..., torch.tensor(order[1:] + order[:1])]
+        out.index_add_(0, token, rows * weights[token, slot, None])
+    return out
+
+
 REWRITTEN: tuple[Loop, ...] = (
+    *(constants, columns_by_a_list),
     *(adds_to_a_new_tensor, scatters_to_a_new_tensor, blocks_of_one_matrix, halves_of_blocks),
     *(
         comprehension_and_stack,
@@ -125,6 +147,11 @@ REWRITTEN: tuple[Loop, ...] = (
     ),
     *(convolutions_of_one_position, convolution_over_a_whole_row),
 )
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_constants_through_the_compilers(inner: str) -> None:
+    assert run(constants, inputs(), "grouped_mm", inner=inner, fullgraph=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,6 +168,27 @@ def reads_what_it_adds_to(m, x, ids, weights):
     for (e,) in hits(mask):
         slot, token = torch.where(mask[e])
         out = out.index_add(0, token, m.expert(x[token] + out[token], e))
+    return out
+
+
+def changes_a_constant(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for (e,) in hits(mask):
+        slot, token = torch.where(mask[e])
+        scale = torch.tensor([1.0, 2.0], dtype=x.dtype)
+        scale[0] += 1
+        scale.mul_(2)
+        out.index_add_(0, token, m.expert(x[token], e) * scale.sum())
+    return out
+
+
+def constant_from_before(m, x, ids, weights):
+    """One tensor for all experts: each changes it."""
+    out, mask, scale = torch.zeros_like(x), m.mask(ids), torch.tensor(1.0, dtype=x.dtype)
+    for (e,) in hits(mask):
+        slot, token = torch.where(mask[e])
+        scale *= 2
+        out.index_add_(0, token, m.expert(x[token], e) * scale)
     return out
 
 
@@ -333,9 +381,10 @@ RIGHT: tuple[Loop, ...] = (
     *(comprehension_of_pairs, comprehension_of_random_numbers, a_mask_and_its_transpose),
     *(convolution_that_moves, convolution_in_groups, convolution_over_the_rows),
     *(positions_in_another_order, positions_that_change, how_many_positions),
+    *(changes_a_constant, constant_from_before),
 )
 
 
 @pytest.mark.parametrize("loop", RIGHT, ids=lambda loop: loop.__name__)
 def test_right(loop: Loop) -> None:
-    run(loop, inputs(), "grouped_mm", backward=loop is not changes_blocks_in_place)
+    run(loop, inputs(), "grouped_mm", backward=loop not in (changes_blocks_in_place, constant_from_before))

@@ -195,6 +195,8 @@ class Lifted:
     def _invariant(self, step: Step) -> Any:
         if step.op is Primitive.INPUT:
             return self.inputs[step.args[0]]
+        if step.op is Primitive.CONSTANT:
+            return step.args[0]
         args, kwargs = self._arguments(step)
         return _run(step.op, args, kwargs)
 

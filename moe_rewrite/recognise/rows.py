@@ -63,6 +63,10 @@ class RowProgram:
             return self.step(node, Kind.INVARIANT, Primitive.INPUT, position)
         if node.op == "output":
             return None
+        if node.op == "get_attr" and isinstance(constant := _attribute(node), torch.Tensor):
+            value = Value(node.name, Kind.INVARIANT, constant)
+            self.steps.append(Step(value, Primitive.CONSTANT, (constant,)))
+            return value
         if node.op != "call_function":
             raise Refused(f"a {node.op} node in the body", node)
         self.effects.check_reads(node)
@@ -431,6 +435,11 @@ _TAKES_A_COLUMN = (aten.unbind.int, aten.select.int)
 _DROPS_THE_COLUMN = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
 _INTEGER_ARITHMETIC = (operator.add, operator.sub, operator.mul)
+
+
+def _attribute(node: fx.Node) -> Any:
+    """What a ``get_attr`` node stands for."""
+    return getattr(node.graph.owning_module, str(node.target), None)
 
 
 def _depends_on_row_count(result: Any) -> bool:
