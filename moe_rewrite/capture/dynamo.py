@@ -211,7 +211,7 @@ def cache_fake_results(output: Any, enabled: bool) -> bool:
     """From now on, whether what an operator gives for fake tensors is kept, for operators with equal arguments.
 
     Returns what it was before. What is given here is the frame's own: Dynamo makes a mode of fake tensors for each time
-    that it traces a frame. torch 2.11, 2.13.
+    that it traces a frame. torch 2.11, 2.13, 2.14.
     """
     before: bool = output.fake_mode.cache_enabled
     output.fake_mode.cache_enabled = enabled
