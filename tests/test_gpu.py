@@ -268,6 +268,27 @@ def test_many_rows(monkeypatch, experts, ids, dtype, compiler):
     modes.check(case(experts, dtype, "aligned", ids, compiler=compiler), "cuda")
 
 
+@pytest.mark.parametrize("experts", BACKENDS)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_constants_in_a_body(experts, inner):
+    """On the device, and beside it."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(TOKENS, 32, generator=generator), torch.randn(8, 32, 32, generator=generator) / 6
+    x, weight, ids = x.to("cuda"), weight.to("cuda"), torch.rand(TOKENS, 8, generator=generator).topk(2)[1].to("cuda")
+
+    def loop(x: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(8):
+            token, _ = torch.where(ids == expert)
+            rows = (x[token] @ weight[expert]).clamp(max=torch.tensor(1.5, device=x.device))
+            out.index_add_(0, token, rows * torch.tensor([1.0, 2.0], device=x.device).repeat(16) + torch.tensor(0.5))
+        return out
+
+    run = torch.compile(loop, backend="moe_rewrite", fullgraph=True, options={"experts": experts, "inner": inner})
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(x, ids), loop(x, ids), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("given", modes.cases("cuda"), ids=str)
 def test_case(given):
     modes.check(given, "cuda")
