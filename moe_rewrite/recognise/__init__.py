@@ -28,7 +28,8 @@ from moe_rewrite.loop import (
     Value,
     Write,
 )
-from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, may_share_memory, operation
+from moe_rewrite.memory import MemoryRegion, is_written_to, may_share_memory
+from moe_rewrite.nodes import example_value, has_unknown_size, operation
 from moe_rewrite.recognise import provenance, rules
 from moe_rewrite.recognise.aten import Traces
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
@@ -279,7 +280,8 @@ def _loop(
     hits: fx.Node | None,
 ) -> ExpertsLoop:
     effects, selection = program.effects, program.selection
-    if any(combine.carry is None and not rules.is_apart(combine.accumulator.example) for combine in effects.combines):
+    in_place = [MemoryRegion.of(c.accumulator.example) for c in effects.combines if c.carry is None]
+    if not all(region.has_places_of_their_own() for region in in_place):
         raise Refused("entries of the accumulator may lie in the same memory")
     _check_aliases(inputs, _changed_positions(program))
     visits_all = _visits_every_expert_with_rows(program, hits)

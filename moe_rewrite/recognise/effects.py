@@ -15,7 +15,7 @@ from torch import fx
 
 from moe_rewrite import markers
 from moe_rewrite.loop import Combine, Kind, Place, Value, Write
-from moe_rewrite.nodes import written_by
+from moe_rewrite.memory import written_by
 from moe_rewrite.recognise import rules
 from moe_rewrite.recognise.membership import is_index_number
 from moe_rewrite.recognise.origins import origin_of

@@ -6,7 +6,6 @@ per-row value is the row: an operator is rowwise when it neither reduces, moves 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -207,23 +206,6 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 def is_without_gaps(tensor: torch.Tensor) -> bool:
     """Whether the entries of a tensor are known to be all that lies between its first and its last in memory."""
     return same_layout(tensor, torch.empty_like(tensor))
-
-
-def is_apart(tensor: torch.Tensor) -> bool:
-    """Whether any two entries of a tensor lie in places of their own: each stride reaches past what is within it."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    dims = [dim for dim in zip(tensor.shape, tensor.stride(), strict=True) if not same_size(dim[0], 1)]
-
-    def grows(order: tuple[tuple[Any, Any], ...]) -> bool:
-        reach: Any = 0
-        for size, stride in order:
-            if not statically_known_true(stride > reach):
-                return False
-            reach = reach + size * stride - stride
-        return True
-
-    return any(map(grows, itertools.permutations(reversed(dims))))
 
 
 def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
-from moe_rewrite.nodes import example_value, is_written_to, same_in_eager, shares_memory, times_written
+from moe_rewrite.memory import is_written_to, same_in_eager, shares_memory, times_written
+from moe_rewrite.nodes import example_value
 
 
 def told_from_start(carry_in: fx.Node, carry_out: fx.Node, changed_in_place: bool) -> str | None:
