@@ -88,27 +88,6 @@ def is_size_assertion(node: fx.Node) -> bool:
     return is_number and bool(node.users) and all(map(is_size_assertion, node.users))
 
 
-def erase_unused(nodes: list[fx.Node]) -> None:
-    """Erase those of ``nodes`` that nothing uses but assertions on sizes, and what led to nothing but them."""
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node._erased or node.op in ("placeholder", "output") or not all(map(is_size_assertion, node.users)):
-            continue
-        if (node.users and not has_unknown_size(node)) or changes_something(node):
-            continue
-        for assertion in list(node.users):
-            _erase_users_first(assertion)
-        waiting += node.all_input_nodes
-        node.graph.erase_node(node)
-
-
-def _erase_users_first(node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_users_first(user)
-    node.graph.erase_node(node)
-
-
 def short_name(node: fx.Node) -> str:
     """The name of a node; for a parameter without the long path that Dynamo puts before it."""
     match = _OF_A_PARAMETER.match(node.name) if node.op == "placeholder" else None

@@ -214,6 +214,8 @@ class RowProgram:
         if node.target in _TRANSPOSES:
             return None  # asked for a column, it gives one
         if node.target in _DROPS_THE_COLUMN:
+            if rules.squeezes(node, 0):
+                raise Refused(rules.SQUEEZED, node)
             if columns != 1 or example.dim() != 1:
                 raise Refused("the table of selected positions is used as a whole", node)
             return self.column(mask, 0, example)

@@ -183,6 +183,18 @@ def _constant_rows(op: torch._ops.OpOverload, given: dict[str, Any], result: Any
     return None
 
 
+def squeezes(node: fx.Node, dim: int) -> bool:
+    """Whether a node drops dimension ``dim`` of its input where that has one entry: a single row is no row any more."""
+    if node.target is aten.squeeze.default:
+        return True
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    dims: Any = node.args[1] if node.target in (aten.squeeze.dim, aten.squeeze.dims) else ()
+    return any(one % rank == dim for one in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
+SQUEEZED = "`squeeze()` makes a single number of an expert's only position: name the dimension, as in `squeeze(-1)`"
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be the same."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
