@@ -183,10 +183,14 @@ class Lifted:
         return self.needs_grad and self.fuses and self.loop.device.type in BY_PARTS
 
     def _visited(self) -> Tensor | None:
-        """For which experts the body holds, ``[n]``: those that are not 0; None for all that have pairs."""
-        visited = None if self.loop.visited is None else self._values[self.loop.visited]
+        """For which experts the body holds, ``[n]``: those that are not 0; None for all that have pairs.
+
+        Python may ask about a tensor of any device.
+        """
+        device = self.loop.device
+        visited = None if self.loop.visited is None else self._values[self.loop.visited].to(device)
         for condition in self.loop.conditions:
-            truth = self._over_experts(condition.truth) != 0
+            truth = (self._over_experts(condition.truth) != 0).to(device)
             if condition.truth.kind is Kind.PER_EXPERT:
                 truth = truth.reshape(self.loop.num_experts)
             else:
