@@ -9,6 +9,7 @@ reference, with the factor of ``test_hub_models.py``.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -513,7 +514,7 @@ def test_gradients_on_cuda(make: Callable[[], nn.Module], one_cuda_device: torch
     one expert a layer, and through that of its weight with the tokens. TF32 alone would be off by five times as much.
 
     It is no bound by what eager's run gave: of a Mixtral on an H200 the largest errors, in units of 1e-7, were 8.7 in
-    eager, 33 in stock inductor and 22 in ours, all of them before the softmax of attention, where differences cancel; of
+    eager, 33 in stock inductor and 22 in ours, all of them before attention's softmax, where differences cancel; of
     experts 3.2, 3.7 and 3.9.
     """
     exact, model = (make().to(one_cuda_device, dtype) for dtype in (torch.float64, torch.float32))
