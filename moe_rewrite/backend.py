@@ -16,7 +16,8 @@ from moe_rewrite.config import ExpertsMapping, Options
 from moe_rewrite.inner import compile_inner
 from moe_rewrite.loop import Refusal
 from moe_rewrite.lower import EAGER, InnerCompiler
-from moe_rewrite.nodes import erase_unused, has_unknown_size
+from moe_rewrite.nodes import has_unknown_size
+from moe_rewrite.recognise.erase import erase_unused
 from moe_rewrite.report import LoopReport, log_reports
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,12 +139,14 @@ class Combine:
         index: per-row integers ``[rows]``, one for each of the accumulator's first dimensions, that say where the rows
             go; one per-expert index ``[n]`` where the values are per expert too; empty where the values are of the
             accumulator's own shape, or of one expert's part of it.
-        values: what is combined, in the accumulator's dtype: ``[rows, ...]``, or per expert.
+        values: what is combined: ``[rows, ...]``, or per expert.
         write: whether values are added or take a place.
         place: what the index tells of the position among the expert ids; None where that is not known.
         expert_dim: the dimension of the accumulator along which each expert has a part of its own, which the values are
             for; None where there is none.
         carry: which of the loop's carried values the accumulator is; None where it is changed in place.
+        alpha: a number that the values are multiplied by, in the dtype that they are added in.
+        from_zero: whether each entry of the accumulator is known to be 0, and not -0.0, before the loop.
     """
 
     accumulator: Value
@@ -153,6 +156,8 @@ class Combine:
     place: Place | None = None
     expert_dim: int | None = None
     carry: int | None = None
+    alpha: int | float | complex = 1
+    from_zero: bool = False
 
     @property
     def rows(self) -> Value:
@@ -169,7 +174,8 @@ class Combine:
     def __str__(self) -> str:
         where = ", ".join(map(str, self.index)) or (":" if self.expert_dim is None else f"expert at {self.expert_dim}")
         assign = {Write.ADD: "+=", Write.ADD_LAST: "+= last", Write.SET: "="}[self.write]
-        return f"{self.accumulator}[{where}] {assign} {self.values}"
+        times = "" if self.alpha == 1 else f"{self.alpha} * "
+        return f"{self.accumulator}[{where}] {assign} {times}{self.values}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +247,19 @@ class Condition:
 
 
 @dataclasses.dataclass(frozen=True)
+class Error:
+    """Something that eager raises an error for.
+
+    Attributes:
+        truth: whether it is so, one truth.
+        message: what the error says.
+    """
+
+    truth: Value
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertsLoop:
     """One loop over experts, proved to be select, rows and combine.
 
@@ -258,6 +277,8 @@ class ExpertsLoop:
         conditions: what else says for which experts the body holds.
         carried: the start of each value that one iteration leaves to the next.
         collected: the per-expert values that the loop collects, one after the other.
+        errors: for what the loop raises an error before it is done. It is checked where that needs no reading from the
+            device: on a CPU.
     """
 
     path: str
@@ -272,6 +293,7 @@ class ExpertsLoop:
     conditions: tuple[Condition, ...] = ()
     carried: tuple[Value, ...] = ()
     collected: tuple[Value, ...] = ()
+    errors: tuple[Error, ...] = ()
 
     @property
     def top_k(self) -> int | torch.SymInt | None:
@@ -283,6 +305,10 @@ class ExpertsLoop:
     def num_pairs(self) -> int | torch.SymInt | None:
         """How many (token, slot) pairs there are, those of no expert included; None where only the run will tell."""
         return self.dispatch.expert_ids.example.numel() if isinstance(self.dispatch, TopKDispatch) else None
+
+    def root(self, value: Value) -> Value:
+        """What an accumulator is, or is a view of: one of the loop's inputs, or the start of a carried value."""
+        return root_of(value, {step.result: step for step in self.steps})
 
     def matmuls(self) -> Iterator[Step]:
         """The products of rows with per-expert weights."""
@@ -326,6 +352,23 @@ class ExpertsLoop:
                 *(f"    collect {value}" for value in self.collected),
             ]
         )
+
+
+def root_of(value: Value, steps: Mapping[Value, Step]) -> Value:
+    """What ``value`` is a view of, down to what no view made; ``steps`` by their results."""
+    step = steps[value]
+    while is_view(step.op) and isinstance(step.args[0], Value):
+        value = step.args[0]
+        step = steps[value]
+    return value
+
+
+def is_view(op: Any) -> bool:
+    """Whether the result of an operator lies in the memory of its first argument."""
+    if isinstance(op, torch._ops.OpOverload):
+        returns = op._schema.returns
+        return not op._schema.is_mutable and any(result.alias_info is not None for result in returns)
+    return op is operator.getitem  # of what `split` gives
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import fx
 
 from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import ExpertsLoop
-from moe_rewrite.nodes import erase_unused
 from moe_rewrite.recognise.aten import autocast_of, trace
+from moe_rewrite.recognise.erase import erase_unused
 from moe_rewrite.recognise.regions import Region
 
 MAX_CONSTANT = 4096

@@ -45,12 +45,12 @@ CASES = {
     "as they are": (lambda x: repeated(x, 1, 1), lambda x: x, (5, 3)),
     "no rows": (lambda x: operator(x, 1, 4), lambda x: x.repeat_interleave(4, 0), (0, 3)),
     "of the expert": (lambda x: adjoints.of_expert(x, EXPERT, OFFSETS), lambda x: x[EXPERT], (4, 3)),
-    "sum of ten slots": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 1), lambda x: x.sum(1), (5, 10, 3)),
+    "sum of ten slots": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 1, x.dtype), lambda x: x.sum(1), (5, 10, 3)),
     "two halves": parted([4, 4], False),
     "three parts": parted([1, 5, 2], False),
     "columns in turn": parted([4, 4], True),
     "one of three in turn": parted([3, 3, 3], True),
-    "sum of the first": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 0), lambda x: x.sum(0), (9, 5)),
+    "sum of the first": (lambda x: torch.ops.moe_rewrite.slot_sum(x, 0, x.dtype), lambda x: x.sum(0), (9, 5)),
 }
 
 
@@ -96,7 +96,7 @@ def test_operators():
     rows = drawn((5, 3)).requires_grad_()
     torch.library.opcheck(torch.ops.moe_rewrite.permuted.default, (rows, ORDER, INVERSE))
     torch.library.opcheck(torch.ops.moe_rewrite.repeated.default, (rows, 2, 3))
-    torch.library.opcheck(torch.ops.moe_rewrite.slot_sum.default, (drawn((5, 9, 2)).requires_grad_(), 1))
+    torch.library.opcheck(torch.ops.moe_rewrite.slot_sum.default, (drawn((5, 9, 2)).requires_grad_(), 1, torch.float64))
     torch.library.opcheck(torch.ops.moe_rewrite.columns.default, (rows, [1, 2], False))
     torch.library.opcheck(torch.ops.moe_rewrite.joined.default, ([rows, rows[:, ::2]], False))
 
@@ -105,7 +105,7 @@ def test_operators():
 def test_sums_of_slots_are_rounded_once(dtype):
     """As ``sum`` rounds, which adds low precision in float32."""
     rows = drawn((64, 11, 5), dtype)
-    result = adjoints._add_slots(rows, 1)
+    result = adjoints._add_slots(rows, 1, rows.dtype)
     exact = rows.double().sum(1)
     assert result.dtype is dtype
     allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 11 * torch.finfo(torch.float32).eps * rows.double().abs().sum(

@@ -702,6 +702,17 @@ def _rows_among_rows(m, x, ids, weights):
     return out
 
 
+def _sizes_that_meet(m, x, ids, weights):
+    """Two counts that only run time knows: eager adds as many numbers as there are, or broadcasts one of them."""
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for expert in hits(mask):
+        slot, token = torch.where(mask[expert[0]])
+        one, some = weights[0], x[0]  # one of `one` is chosen
+        scale = (one.masked_select(one == one.max()) + some.masked_select(some > 0)).sum()
+        out.index_add_(0, token, m.expert(x[token], expert[0]) * scale)
+    return out
+
+
 def _nested(m, x, ids, weights):
     out, mask = torch.zeros_like(x), m.mask(ids)
     for expert in hits(mask):
@@ -730,6 +741,7 @@ REFUSALS: dict[str, tuple[Callable[..., Tensor], str]] = {  # name: (loop, in th
     "last iteration": (_last_iteration, "local variable `rows` is changed by one iteration and read .* after the loop"),
     "carried": (_carried, "local variable `total` is changed by one iteration and read by the next"),
     "rows among rows": (_rows_among_rows, "reads an expert's rows at other positions"),
+    "sizes that meet": (_sizes_that_meet, "a size that only run time knows"),
     "nested": (_nested, "a loop over experts stands inside another one"),
 }
 

@@ -49,7 +49,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from moe_rewrite import markers
-from moe_rewrite.nodes import rows_of, shares_memory
+from moe_rewrite.memory import rows_of, shares_memory
 
 __all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
 

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11, 2.13 a
 from moe_rewrite import packing
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.errors import MoeRewriteError
-from moe_rewrite.nodes import is_written_to
+from moe_rewrite.memory import is_written_to
 
 _PICKING = {
     nn.ModuleList: ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index"),

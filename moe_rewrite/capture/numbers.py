@@ -15,7 +15,8 @@ from torch import fx
 
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules
-from moe_rewrite.nodes import example_value, first_input, is_written_to, operation, times_written
+from moe_rewrite.memory import is_written_to, times_written
+from moe_rewrite.nodes import example_value, first_input, operation
 from moe_rewrite.recognise.bounds import upper_bound
 from moe_rewrite.recognise.running import PASSES_INTEGERS, TOTAL
 

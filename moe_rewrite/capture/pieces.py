@@ -10,7 +10,8 @@ import torch
 from moe_rewrite import markers
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.capture.numbers import NumbersOfTensor, is_marked, source_of_number
-from moe_rewrite.nodes import example_value, times_written
+from moe_rewrite.memory import times_written
+from moe_rewrite.nodes import example_value
 from moe_rewrite.recognise.running import TOTAL, is_total, root
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from moe_rewrite.capture.lists import COMPREHENSION, CollectingList
 from moe_rewrite.capture.numbers import NumberAfterLoop, carried_number, is_marked, marked
 from moe_rewrite.capture.pieces import Piece, check_unchanged
 from moe_rewrite.loop import Refusal
-from moe_rewrite.nodes import times_written
+from moe_rewrite.memory import times_written
 from moe_rewrite.recognise.provenance import LOCATION
 
 MAX_PATHS = 8

@@ -18,7 +18,7 @@ from moe_rewrite.lower.joined import joined
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("permuted(Tensor rows, Tensor order, Tensor inverse) -> Tensor")
 _LIBRARY.define("repeated(Tensor rows, SymInt before, SymInt after) -> Tensor")
-_LIBRARY.define("slot_sum(Tensor rows, int dim) -> Tensor")
+_LIBRARY.define("slot_sum(Tensor rows, int dim, ScalarType dtype) -> Tensor")
 _LIBRARY.define("columns(Tensor rows, int[] sizes, bool in_turn) -> Tensor[]")
 _LIBRARY.define("of_expert(Tensor table, Tensor expert, Tensor offsets) -> Tensor")
 
@@ -58,11 +58,20 @@ def repeated(rows: Tensor, before: int, after: int) -> Tensor:
     return result
 
 
-def slot_sum(rows: Tensor, dim: int) -> Tensor:
-    """``rows.sum(dim)``, added in float32 where the dtype is lower; on a GPU so that inductor makes fast code of it."""
-    if rows.device.type != "cuda" or not rows.is_floating_point() or not is_unrolled(rows.shape[dim]):
-        return rows.sum(dim)
-    result: Tensor = torch.ops.moe_rewrite.slot_sum(rows, dim)
+def slot_sum(rows: Tensor, dim: int, dtype: torch.dtype | None = None, keeps_sign: bool = False) -> Tensor:
+    """``rows.sum(dim, dtype=dtype)``, added in float32 at least; on a GPU so that inductor makes fast code of it.
+
+    Args:
+        rows: floating-point numbers, for anything but a plain sum.
+        dim: the dimension that is summed over. Not empty.
+        dtype: of the result; None for that of ``rows``, or what torch makes of integers.
+        keeps_sign: whether the sum of nothing but -0.0 is -0.0, as it is where they are added one by one. A reduction
+            starts from 0.0. This needs a number of slots that is known when compiling.
+    """
+    fast = rows.device.type == "cuda" and rows.is_floating_point() and is_unrolled(rows.shape[dim])
+    if not fast and not keeps_sign:
+        return rows.sum(dim, dtype=dtype)
+    result: Tensor = torch.ops.moe_rewrite.slot_sum(rows, dim, rows.dtype if dtype is None else dtype)
     return result
 
 
@@ -105,11 +114,11 @@ def _repeat(rows: Tensor, before: int, after: int) -> Tensor:
     return every.clone(memory_format=torch.contiguous_format).flatten(0, 2)  # never the memory of `rows`
 
 
-def _add_slots(rows: Tensor, dim: int) -> Tensor:
-    total, *others = (one.to(torch.promote_types(rows.dtype, torch.float32)) for one in rows.unbind(dim))
+def _add_slots(rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    total, *others = (one.to(torch.promote_types(dtype, torch.float32)) for one in rows.unbind(dim))
     for one in others:
         total = total + one
-    return total.to(rows.dtype)
+    return total.to(dtype) if others else total.to(dtype, copy=True)  # never the memory of `rows`
 
 
 def _register(name: str, function: Callable[..., Any], eager: Callable[..., Any], save: Any, backward: Any) -> None:
@@ -156,9 +165,13 @@ def _summed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grouped_sum(grad, offsets), None, None
 
 
+def _save_slots(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, ctx.dim, _ = inputs
+    ctx.shape, ctx.dtype = rows.shape, rows.dtype
+
+
 def _spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (dim,) = ctx.sizes
-    return grad.unsqueeze(dim).expand(ctx.shape), None
+    return grad.to(ctx.dtype).unsqueeze(ctx.dim).expand(ctx.shape), None, None
 
 
 def _save_how(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -182,7 +195,7 @@ _register(
     "permuted", lambda rows, order, _: rows[order], lambda rows, order, _: rows[order], _save_order, _permuted_back
 )
 _register("repeated", _repeat, _repeat, _save_sizes, _added_up)
-_register("slot_sum", _add_slots, lambda rows, dim: rows.sum(dim), _save_sizes, _spread)
+_register("slot_sum", _add_slots, _add_slots, _save_slots, _spread)
 _register(
     "of_expert", lambda table, expert, _: table[expert], lambda table, expert, _: table[expert], _save_offsets, _summed
 )

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from moe_rewrite.loop import Combine, ExpertsLoop, Kind, MaskDispatch, TopKDispatch, Write
-from moe_rewrite.lower.adjoints import slot_sum
+from moe_rewrite.loop import Combine, ExpertsLoop, Kind, MaskDispatch, Primitive, TopKDispatch, Value, Write
 from moe_rewrite.lower.pairs import Pairs, last_of_slots
+from moe_rewrite.lower.sums import additive_zero, sum_dtype, total_of
 
 
 def combine(
@@ -20,20 +20,25 @@ def combine(
     Args:
         loop: the loop.
         how: one of its combines.
-        accumulator: the value of its accumulator.
+        accumulator: the value of its accumulator, in the dtype of :func:`sums.sum_dtype` where that is asked for.
         index: the values of its index, ``[P]`` each; per expert ``[num_experts, n]``.
         values: the rows of all pairs ``[P, ...]``, or the values of all experts ``[num_experts, ...]``.
         pairs: the pairs, in the order of the rows.
     """
+    if how.alpha != 1:
+        values = values.to(sum_dtype(accumulator.dtype, values.dtype)) * how.alpha
     if how.values.kind is not Kind.PER_ROW:
-        _of_each_expert(how, accumulator, index, values)
+        _of_each_expert(loop, how, accumulator, index, values)
         return
     assert pairs is not None
     if how.write is Write.SET:
         _set_rows(loop, how, accumulator, index, values, pairs)
         return
-    rows = pairs.only_valid(values)
+    zero = additive_zero(accumulator, how.from_zero)
+    rows = pairs.only_valid(values, zero)
     if how.place is None:
+        rows = rows.to(accumulator.dtype)
+        index = [_checked(loop, *one, pairs) for one in zip(how.index, index, accumulator.shape, strict=False)]
         if len(index) == 1:
             accumulator.index_add_(0, index[0], rows)
         else:
@@ -41,23 +46,38 @@ def combine(
         return
     rows = pairs.to_token_order(rows)
     if how.write is Write.ADD_LAST:
-        rows = _last(loop, how, rows, pairs)
+        rows = _last(loop, how, rows, pairs, zero)
     by_slot, slots = _by_slot(how, rows, pairs)
-    total = (slot_sum(by_slot, slots[0]) if len(slots) == 1 else by_slot.sum(slots)) if slots else by_slot
+    total = total_of(by_slot, slots, accumulator.dtype, how.from_zero)
     accumulator.add_(total if len(how.index) == 1 else total.reshape(accumulator.shape))
 
 
-def _of_each_expert(how: Combine, accumulator: Tensor, index: list[Tensor], values: Tensor) -> None:
+def _of_each_expert(loop: ExpertsLoop, how: Combine, accumulator: Tensor, index: list[Tensor], values: Tensor) -> None:
     if index:
-        accumulator.index_add_(0, index[0].reshape(-1), values.flatten(0, 1))
+        positions = _checked(loop, how.index[0], index[0].reshape(-1), accumulator.shape[0])
+        accumulator.index_add_(0, positions, values.flatten(0, 1).to(accumulator.dtype))
     elif how.expert_dim is None:
-        accumulator.add_(values.sum(0))
+        accumulator.add_(total_of(values, [0], accumulator.dtype, how.from_zero))
     else:
         parts = accumulator.movedim(how.expert_dim, 0).narrow(0, 0, values.shape[0])
         if how.write is Write.SET:
             parts.copy_(values)
         else:
             parts.add_(values)
+
+
+def _checked(loop: ExpertsLoop, column: Value, index: Tensor, size: int, pairs: Pairs | None = None) -> Tensor:
+    """Positions in a dimension of ``size``, 0 where no pair counts. On a CPU those out of range raise, as in eager.
+
+    Some compilers count negative ones from the end where an operator of torch's raises.
+    """
+    if any(step.result is column and step.op is Primitive.COORDINATE for step in loop.steps):
+        return index
+    index = index if pairs is None else pairs.harmless_index(index)
+    if index.device.type == "cpu":
+        fine = ((index >= 0) & (index < size)).all()
+        torch.ops.aten._assert_async.msg(fine, f"a position is out of range for a dimension of size {size}")
+    return index
 
 
 def _by_slot(how: Combine, rows: Tensor, pairs: Pairs) -> tuple[Tensor, list[int]]:
@@ -70,12 +90,12 @@ def _by_slot(how: Combine, rows: Tensor, pairs: Pairs) -> tuple[Tensor, list[int
     return rows.reshape(*sizes, *rows.shape[1:]), slots
 
 
-def _last(loop: ExpertsLoop, how: Combine, rows: Tensor, pairs: Pairs) -> Tensor:
-    """Rows in token order, with zeros for those that a later row of the same expert and place takes the place of."""
+def _last(loop: ExpertsLoop, how: Combine, rows: Tensor, pairs: Pairs, zero: float) -> Tensor:
+    """Rows in token order, with ``zero`` for those that a later row of the same expert and place takes the place of."""
     assert how.place is not None and isinstance(loop.dispatch, TopKDispatch)
     expert = pairs.to_token_order(pairs.expert if pairs.valid is None else _expert_or_none(pairs))
     last = last_of_slots(expert, pairs.shape, how.place, loop.dispatch)
-    return rows if last is None else torch.where(last.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+    return rows if last is None else torch.where(last.view(-1, *[1] * (rows.dim() - 1)), rows, zero)
 
 
 def _expert_or_none(pairs: Pairs) -> Tensor:
@@ -117,4 +137,4 @@ def _set_rows_of_mask(loop: ExpertsLoop, accumulator: Tensor, index: list[Tensor
     last = torch.full((math.prod(pairs.shape),), -1, dtype=torch.int64, device=rows.device)
     last = last.scatter_reduce(0, pairs.position, pairs.expert, "amax")
     (kept,) = (last[pairs.position] == pairs.expert).nonzero().unbind(1)
-    accumulator.index_put_(tuple(column[kept] for column in index), rows[kept])
+    accumulator.index_put_(tuple(column[kept] for column in index), rows[kept].to(accumulator.dtype))

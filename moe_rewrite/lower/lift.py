@@ -19,13 +19,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from moe_rewrite.errors import NotLiftedError
-from moe_rewrite.loop import EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, TopKDispatch, Value
+from moe_rewrite.loop import Combine, EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, Step, TopKDispatch, Value
 from moe_rewrite.lower import combine
 from moe_rewrite.lower.adjoints import of_expert
 from moe_rewrite.lower.columns import taken_apart
 from moe_rewrite.lower.gathers import gather_of
 from moe_rewrite.lower.grouped_product import has_kernel_of_ours
 from moe_rewrite.lower.pairs import Pairs
+from moe_rewrite.lower.sums import accumulations, wanted_dtype
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """``product(rows [P, K], weight [num_experts, K, N]) -> [P, N]``: each row times the weight of its expert."""
@@ -86,6 +87,7 @@ class Lifted:
         self._values: dict[Value, Any] = {}
         self._instead: Mapping[Value, Callable[[], Tensor]] = {}
         self._with_bias: ProductWithBias | None = None
+        self._made_by = {step.result: step for step in loop.steps}
         for step in loop.steps:
             used = pytree.tree_leaves((step.args, step.kwargs))
             ready = all(value in self._values for value in used if isinstance(value, Value))
@@ -130,6 +132,7 @@ class Lifted:
             instead: what computes a per-row value in another way than by its step, when its turn comes.
         """
         self._with_bias = with_bias
+        self._raise_errors()
         apart = taken_apart(self.loop, self._values.__getitem__) if self._writes_by_parts() else {}
         self._instead = {**apart, **(instead or {})}
         for step in self.loop.steps:
@@ -140,11 +143,39 @@ class Lifted:
             elif pairs is not None and product is not None:
                 self._values[step.result] = self._per_row(step, pairs, product)
         carried = [self._values[start].clone() for start in self.loop.carried]
-        for one in self.loop.combines:
-            accumulator = self._values[one.accumulator] if one.carry is None else carried[one.carry]
-            index = [self._values[column] for column in one.index]
-            combine.combine(self.loop, one, accumulator, index, self._values[one.values], pairs)
+        for root, base, combines in accumulations(self.loop):
+            carry = combines[0].carry
+            whole = self._values[root] if carry is None else carried[carry]
+            self._accumulate(self._seen(base, root, whole), base, combines, pairs)
         self.outputs = [*carried, *map(self._collected, self.loop.collected)]
+
+    def _raise_errors(self) -> None:
+        """Check on a CPU what eager raises an error for. Elsewhere the check would end the process, or wait."""
+        for error in self.loop.errors if self.loop.device.type == "cpu" else ():
+            torch.ops.aten._assert_async.msg(~self._values[error.truth], error.message)
+
+    def _accumulate(self, held: Tensor, base: Value, combines: list[Combine], pairs: Pairs | None) -> None:
+        """Change ``held``, the value of ``base``, in place."""
+        dtype = wanted_dtype(held.dtype, combines)
+        wide = held if dtype is held.dtype else held.to(dtype)
+        for one in combines:
+            index = [self._values[column] for column in one.index]
+            accumulator = self._seen(one.accumulator, base, wide)
+            combine.combine(self.loop, one, accumulator, index, self._values[one.values], pairs)
+        if wide is not held:
+            held.copy_(wide)
+
+    def _seen(self, view: Value, base: Value, now: Tensor) -> Any:
+        """A view of ``base``, taken of what that is ``now``.
+
+        Eager takes views when it comes to them. One that was taken before ``base`` was changed has no gradient of that
+        change where the graph is run as it stands.
+        """
+        if view is base:
+            return now
+        step = self._made_by[view]
+        args, kwargs = self._arguments(step)
+        return _run(step.op, (self._seen(step.args[0], base, now), *args[1:]), kwargs)
 
     def _writes_by_parts(self) -> bool:
         """Whether gradients of columns are to be written part by part: where inductor would go through all for each."""

@@ -138,9 +138,9 @@ class Pairs:
         along = self.position // step if axis + 1 < len(self.shape) else self.position
         return along % self.shape[axis] if axis > 0 else along
 
-    def only_valid(self, rows: Tensor) -> Tensor:
-        """``rows`` ``[P, ...]`` with zeros for the pairs of no expert, in the result and in its gradient."""
-        return rows if self.valid is None else torch.where(_column(self.valid, rows), rows, 0)
+    def only_valid(self, rows: Tensor, zero: float = 0) -> Tensor:
+        """``rows`` ``[P, ...]`` with ``zero`` for the pairs of no expert, and zeros in the gradient."""
+        return rows if self.valid is None else torch.where(_column(self.valid, rows), rows, zero)
 
     def lend(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` with those of the lender for the pairs of no expert."""

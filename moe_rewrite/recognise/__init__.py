@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -15,7 +16,9 @@ from torch import fx
 
 from moe_rewrite import markers
 from moe_rewrite.loop import (
+    Combine,
     Condition,
+    Error,
     EveryToken,
     ExpertsLoop,
     Kind,
@@ -27,8 +30,10 @@ from moe_rewrite.loop import (
     TopKDispatch,
     Value,
     Write,
+    root_of,
 )
-from moe_rewrite.nodes import example_value, has_unknown_size, is_written_to, may_share_memory, operation
+from moe_rewrite.memory import MemoryRegion, is_written_to, may_share_memory
+from moe_rewrite.nodes import example_value, has_unknown_size, operation
 from moe_rewrite.recognise import provenance, rules
 from moe_rewrite.recognise.aten import Traces
 from moe_rewrite.recognise.hits import hit_mask, length_of_range
@@ -40,7 +45,9 @@ from moe_rewrite.recognise.refused import Refused
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.rows import RowProgram
 from moe_rewrite.recognise.selection import Selection
-from moe_rewrite.recognise.starts import told_from_start
+from moe_rewrite.recognise.starts import is_zero_before, told_from_start
+
+aten = torch.ops.aten
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
 
@@ -137,15 +144,12 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
         ):
             continue
         theirs = _changed_inputs(other.outcome)
-        writes = any(combine.write is Write.SET for combine in (*loop.combines, *other.outcome.combines))
         reason = ""
         if any(may_share_memory(a, b) for a in theirs for b in read) or any(
             a is not b and may_share_memory(a, b) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
-        elif writes and (
-            (loop.carried and other.outcome.carried) or (theirs & mine and not _write_apart(loop, other.outcome))
-        ):
+        elif not _write_apart(loop, other.outcome):
             reason = "one way through the body writes where another one does"
         elif loop.collected or other.outcome.collected:
             reason = "different ways through the body put values into one list"
@@ -155,13 +159,35 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
 
 
 def _write_apart(loop: ExpertsLoop, other: ExpertsLoop) -> bool:
+    """Whether two paths leave the same behind in whichever order they come: they only add, or write apart."""
+    for mine, theirs in itertools.product(loop.combines, other.combines):
+        if Write.SET not in (mine.write, theirs.write):
+            continue
+        if mine.carry is not None and theirs.carry is not None:
+            return False
+        if mine.carry is not None or theirs.carry is not None:
+            continue  # what is carried is a tensor of its own
+        if _changed_input(loop, mine) is not _changed_input(other, theirs):
+            continue  # which share no memory
+        ours, its = _region(loop, mine), _region(other, theirs)
+        if not ours.is_apart(its) and not (ours.is_same(its) and _take_turns(loop, mine, other, theirs)):
+            return False
+    return True
+
+
+def _region(loop: ExpertsLoop, combine: Combine) -> MemoryRegion:
+    """Where an accumulator lies, counted from the input that it is or is a view of."""
+    return MemoryRegion.of(combine.accumulator.example, within=loop.root(combine.accumulator).example)
+
+
+def _take_turns(loop: ExpertsLoop, mine: Combine, other: ExpertsLoop, theirs: Combine) -> bool:
     """Whether two paths write rows to places of their own: each entry of the same ids has one, and one expert."""
     dispatches = loop.dispatch, other.dispatch
     if not all(isinstance(dispatch, TopKDispatch) and dispatch.merged is None for dispatch in dispatches):
         return False
     ids = [_expression(path, path.dispatch.expert_ids) for path in (loop, other)]  # type: ignore[union-attr]
     every_axis = Place(range(len(loop.dispatch.shape)))  # type: ignore[union-attr]
-    apart = all(combine.place == every_axis for combine in (*loop.combines, *other.combines))
+    apart = mine.place == theirs.place == every_axis
     return ids[0] == ids[1] and apart and not any(set(a) & set(b) for a in loop.experts for b in other.experts)
 
 
@@ -180,21 +206,13 @@ def _expression(loop: ExpertsLoop, value: object) -> object:
 
 def _changed_inputs(loop: ExpertsLoop) -> set[fx.Node]:
     """The inputs that a loop changes in place."""
-    by_value = {step.result: step for step in loop.steps}
-    changed = set()
-    for combine in loop.combines:
-        if combine.carry is None:
-            changed.add(loop.inputs[_input_behind(combine.accumulator, by_value)])
-    return changed
+    return {_changed_input(loop, combine) for combine in loop.combines if combine.carry is None}
 
 
-def _input_behind(value: Value, steps: dict[Value, Step]) -> int:
-    """The position of the input that an accumulator is, or is a view of."""
-    step = steps[value]
-    while step.op is not Primitive.INPUT:
-        step = steps[step.args[0]]
-    position: int = step.args[0]
-    return position
+def _changed_input(loop: ExpertsLoop, combine: Combine) -> fx.Node:
+    """The input that a combine changes in place, itself or a view of it."""
+    root = loop.root(combine.accumulator)
+    return next(loop.inputs[step.args[0]] for step in loop.steps if step.result is root)
 
 
 def _understand(region: Region, regions: list[Region], traces: Traces) -> Finding:
@@ -279,7 +297,8 @@ def _loop(
     hits: fx.Node | None,
 ) -> ExpertsLoop:
     effects, selection = program.effects, program.selection
-    if any(combine.carry is None and not rules.is_apart(combine.accumulator.example) for combine in effects.combines):
+    in_place = [MemoryRegion.of(c.accumulator.example) for c in effects.combines if c.carry is None]
+    if not all(region.has_places_of_their_own() for region in in_place):
         raise Refused("entries of the accumulator may lie in the same memory")
     _check_aliases(inputs, _changed_positions(program))
     visits_all = _visits_every_expert_with_rows(program, hits)
@@ -290,15 +309,17 @@ def _loop(
     visited = None if visits_all or hits is None else program.value(hits)
     replaced = [carry for carry in effects.carries if carry.replaced]
     rows_from = _rows_from(program, selection)
+    experts, num_experts, missing = _experts(region, program.steps)
+    errors = _errors(program, hits, missing, conditional=bool(conditions))
     extra = [
         *rows_from,
+        *(error.truth for error in errors),
         *([] if visited is None else [visited]),
         *(condition.truth for condition in conditions),
         *(carry.start for carry in replaced),
         *(value for value, _ in effects.collected),
     ]
     steps = _live_steps(program, extra)
-    experts, num_experts = _experts(region, steps)
     whole = experts == (range(num_experts),)
     numbers = {number: k for k, number in enumerate(n for n, c in enumerate(effects.carries) if c.replaced)}
     loop = ExpertsLoop(
@@ -308,15 +329,13 @@ def _loop(
         num_experts,
         _dispatch(program, num_experts, every_id=visited is None and whole and not conditions),
         steps,
-        tuple(
-            combine if combine.carry is None else dataclasses.replace(combine, carry=numbers[combine.carry])
-            for combine in effects.combines
-        ),
+        _with_starts(program, region, inputs, numbers),
         tuple(inputs),
         visited,
         conditions,
         tuple(carry.start for carry in replaced),
         tuple(value for value, _ in effects.collected),
+        errors,
     )
     whole_results = [c for c in loop.combines if c.values.kind is not Kind.PER_ROW] or loop.collected
     every_one = hits is None and whole and not conditions and region.rows == markers.ANY_ROWS
@@ -327,11 +346,32 @@ def _loop(
     return rebased(loop)
 
 
+def _with_starts(
+    program: RowProgram, region: Region, inputs: list[fx.Node], numbers: dict[int, int]
+) -> tuple[Combine, ...]:
+    """The combines with what is known of the accumulators before the loop.
+
+    ``numbers``: those of the carried values that the loop replaces, by their numbers in the body.
+    """
+    steps = {step.result: step for step in program.steps}
+    starts = [node.args[1] for node in region.body if node.target is markers.carry_in]
+    found = []
+    for combine in program.effects.combines:
+        if combine.carry is not None:
+            start = starts[combine.carry]
+        else:
+            start = inputs[steps[root_of(combine.accumulator, steps)].args[0]]
+        assert isinstance(start, fx.Node)
+        carry = None if combine.carry is None else numbers[combine.carry]
+        found.append(dataclasses.replace(combine, carry=carry, from_zero=is_zero_before(start, region.loop)))
+    return tuple(found)
+
+
 def _changed_positions(program: RowProgram) -> set[int]:
     """The positions of the inputs that the body changes in place."""
     steps = {step.result: step for step in program.steps}
-    combines = (combine for combine in program.effects.combines if combine.carry is None)
-    return {_input_behind(combine.accumulator, steps) for combine in combines}
+    changed = {root_of(c.accumulator, steps) for c in program.effects.combines if c.carry is None}
+    return {steps[root].args[0] for root in changed}
 
 
 def _visits_every_expert_with_rows(program: RowProgram, hits: fx.Node | None) -> bool:
@@ -471,8 +511,11 @@ def _values(item: object) -> list[Value]:
     return [value for entry in item for value in _values(entry)] if isinstance(item, (tuple, list)) else []
 
 
-def _experts(region: Region, steps: tuple[Step, ...]) -> tuple[tuple[range, ...], int]:
-    """The experts of the path, less those past the end of what they select from: indexing by those raises in eager."""
+def _experts(region: Region, steps: list[Step]) -> tuple[tuple[range, ...], int, tuple[range, ...]]:
+    """The experts of the path, one more than the largest, and those past the end of what the body selects from.
+
+    Indexing by those raises in eager, whatever becomes of what is selected.
+    """
     limit = None
     for step in steps:
         if step.op is Primitive.SELECT_EXPERT:
@@ -482,10 +525,32 @@ def _experts(region: Region, steps: tuple[Step, ...]) -> tuple[tuple[range, ...]
             if not isinstance(size, int):
                 raise Refused(f"the number of experts in `{step.args[0]}` is not known when compiling")
             limit = size - offset if limit is None else min(limit, size - offset)
-    clipped = [range(r.start, r.stop if limit is None else min(r.stop, limit)) for r in region.experts]
-    experts = tuple(r for r in clipped if len(r))
-    if experts != region.experts and length_of_range(region.hits) is not None:
+    if limit is None:
+        return region.experts, max(r.stop for r in region.experts), ()
+    experts = tuple(range(r.start, min(r.stop, limit)) for r in region.experts if r.start < min(r.stop, limit))
+    missing = tuple(range(max(r.start, limit), r.stop) for r in region.experts if max(r.start, limit) < r.stop)
+    if missing and length_of_range(region.hits) is not None:
         raise Refused(f"the loop goes on after the last of {limit} experts")
     if not experts:
         raise Refused("the loop has no expert")
-    return experts, max(r.stop for r in experts)
+    return experts, max(r.stop for r in experts), missing
+
+
+def _errors(
+    program: RowProgram, hits: fx.Node | None, missing: tuple[range, ...], conditional: bool
+) -> tuple[Error, ...]:
+    """When the loop raises in eager: it visits one of the ``missing`` experts."""
+    if not missing:
+        return ()
+    visited = None if hits is None else program.value(hits)
+    if visited is None or visited.kind is not Kind.INVARIANT or conditional:
+        raise Refused("the loop may go on after the last of the experts")
+    found: list[Error] = []
+    for experts in missing:
+        example = visited.example[experts.start : experts.stop]
+        own = program.extra_step(
+            "missing", Kind.INVARIANT, example, aten.slice.Tensor, visited, 0, experts.start, experts.stop
+        )
+        truth = program.extra_step("any_missing", Kind.INVARIANT, example.any(), aten.any.default, own)
+        found.append(Error(truth, f"an expert from {experts.start} on is hit, and there are no weights for it"))
+    return tuple(found)

@@ -18,7 +18,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_rewrite import fingerprint
-from moe_rewrite.nodes import changes_something, example_value, is_input_itself, is_size_assertion, short_name
+from moe_rewrite.memory import is_input_itself
+from moe_rewrite.nodes import changes_something, example_value, is_size_assertion, short_name
 
 # Norms with a weight for each expert have no kernel over all pairs; in parts they are rowwise as they stand. So is what
 # gives something for the backward besides its result.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
+from moe_rewrite.memory import is_written_to
+from moe_rewrite.nodes import example_value, first_input, operation
 
 _DIM_ARGUMENT = {"topk": (2, -1), "sort": (1, -1), "argsort": (1, -1), "argmax": (1, None), "max": (1, None)}
 """Operations that give positions along a dimension: the place of their ``dim`` argument, and its default."""

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
-from moe_rewrite.loop import Combine, Kind, Place, Value, Write
-from moe_rewrite.nodes import written_by
+from moe_rewrite.loop import Combine, Kind, Place, Value, Write, root_of
+from moe_rewrite.memory import MemoryRegion, written_by
 from moe_rewrite.recognise import rules
 from moe_rewrite.recognise.membership import is_index_number
 from moe_rewrite.recognise.origins import origin_of
@@ -281,15 +281,18 @@ class Effects:
         name = op.overloadpacket.__name__.removesuffix("_")
         index: tuple[Value, ...] = ()
         write = Write.ADD
+        alpha = given.get("alpha", 1)
+        if isinstance(alpha, Value):
+            raise Refused(f"`{op}` with a factor that is computed", node)
         if name == "index_add" and _is_first(given["dim"], target):
-            index, values = self._columns(node, [given["index"]]), self._times(node, given["source"], given["alpha"])
+            index, values = self._columns(node, [given["index"]]), given["source"]
         elif name == "scatter_add" and _is_first(given["dim"], target):
             index, values = (self._expanded(node, given),), given["src"]
         elif name == "index_put":
             index, values = self._columns(node, given["indices"]), given["values"]
             write = Write.ADD if given["accumulate"] else Write.SET
         elif name == "add" and op._overloadname == "Tensor":
-            values = self._times(node, given["other"], given["alpha"])
+            values = given["other"]
         elif name == "copy" or op is aten.select_scatter.default:
             write, values = Write.SET, given["src"]
             if op is aten.select_scatter.default:
@@ -309,22 +312,29 @@ class Effects:
             self._refuse_read(node)
         if target.accumulator.kind is not Kind.INVARIANT:
             raise Refused("what is added to depends on the iteration", node)
+        if name == "index_put":
+            index = self._from_the_start(index, target)
         if index and any(column.kind is Kind.PER_ROW for column in index):
             combine = self._rows(node, target, index, values, write)
         else:
             combine = self._whole(node, target, index, values, write)
         if target.carry is not None and self.carries[target.carry].in_place:
             combine = dataclasses.replace(combine, carry=None)
+        combine = dataclasses.replace(combine, alpha=alpha)
         self._check_mixture(node, combine)
         self.combines.append(combine)
 
     def _check_mixture(self, node: fx.Node, combine: Combine) -> None:
+        """Refuse what is written to memory that the body changes in another way, too: the experts take turns there."""
+        steps = {step.result: step for step in self.program.steps}
+        root = root_of(combine.accumulator, steps)
+        mine = MemoryRegion.of(combine.accumulator.example, within=root.example)
         for other in self.combines:
-            same = other.accumulator is combine.accumulator
-            if same and Write.SET in (other.write, combine.write):
+            alike = other.carry == combine.carry and root_of(other.accumulator, steps) is root
+            if not alike or Write.SET not in (other.write, combine.write):
+                continue  # sums may be added up in any order
+            if not mine.is_apart(MemoryRegion.of(other.accumulator.example, within=root.example)):
                 raise Refused("rows are written to an accumulator that is changed in another way too", node)
-            if same and (other.expert_dim is None) != (combine.expert_dim is None):
-                raise Refused("an accumulator is changed as a whole and by the part", node)
 
     def _columns(self, node: fx.Node, indices: Any) -> tuple[Value, ...]:
         """The index of each of the first dimensions; a mask gives one for each of its own."""
@@ -345,12 +355,22 @@ class Effects:
             raise Refused("what is added to the accumulator is not one row for each position", node)
         return tuple(self.program.columns_of(nodes[0], rows))
 
-    def _times(self, node: fx.Node, values: Any, alpha: Any) -> Any:
-        if isinstance(alpha, Value):
-            raise Refused(f"`{node.target}` with a factor that is computed", node)
-        if alpha == 1 or not isinstance(values, Value):
-            return values
-        return self.program.extra_step("times", values.kind, values.example, aten.mul.Tensor, values, alpha)
+    def _from_the_start(self, index: tuple[Value, ...], target: Target) -> tuple[Value, ...]:
+        """Positions of which some may be counted from the end, as an index allows; sums at positions do not."""
+        return tuple(
+            column if column in self.program.places else self._counted(column, target.accumulator, dim)
+            for dim, column in enumerate(index)
+        )
+
+    def _counted(self, column: Value, accumulator: Value, dim: int) -> Value:
+        extra, kind, example = self.program.extra_step, column.kind, column.example
+        size = accumulator.example.shape[dim]
+        if not isinstance(size, int):
+            size = extra("size", Kind.INVARIANT, size, aten.sym_size.int, accumulator, dim)
+        truths = example.new_empty(example.shape, dtype=torch.bool)
+        negative = extra("negative", kind, truths, aten.lt.Scalar, column, 0)
+        counted = extra("counted", kind, example, aten.add.Tensor, column, size)
+        return extra("from_start", kind, example, aten.where.self, negative, counted, column)
 
     def _expanded(self, node: fx.Node, given: dict[str, Any]) -> Value:
         """The positions that the index of a ``scatter_add`` is expanded from."""
@@ -373,7 +393,8 @@ class Effects:
             raise Refused("what is added to the accumulator is not one row for each position", node)
         if accumulator.dtype is torch.bool and write is not Write.SET:
             raise Refused("rows are added to an accumulator of truth values", node)
-        if rows.dtype is not accumulator.dtype or not _same_shape(rows.shape[1:], accumulator.shape[len(index) :]):
+        fits = _same_shape(rows.shape[1:], accumulator.shape[len(index) :])
+        if not fits or (write is Write.SET and rows.dtype is not accumulator.dtype):
             raise Refused("what is added to the accumulator does not have the shape of its rows", node)
         place = self._place(index, accumulator)
         if write is Write.ADD:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
+from moe_rewrite.memory import is_written_to
+from moe_rewrite.nodes import example_value, first_input, operation
 
 _KEEPS_ROWS = {"squeeze", "flatten", "view", "reshape", "ravel", "contiguous", "clone", "detach", "long", "cpu", "to"}
 

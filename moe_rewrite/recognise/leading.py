@@ -63,6 +63,8 @@ def rearranged(program: RowProgram, node: fx.Node, op: Any, source: Value | Behi
     """Rows moved behind dimensions of size 1, or back to the front; None where that is not what ``node`` does."""
     rows = source.rows if isinstance(source, Behind) else source
     leading = source.leading if isinstance(source, Behind) else 0
+    if rules.squeezes(node, leading):
+        raise Refused(rules.SQUEEZED, node)
     if op in RESHAPES:
         return _reshaped(program, node, rows)
     rank = leading + rows.example.dim()

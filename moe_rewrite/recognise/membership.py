@@ -97,7 +97,7 @@ def _meaning(node: fx.Node, found: dict[fx.Node, Meaning], inputs: Sequence[fx.N
     if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
         start = 0 if target is aten.arange.default else node.args[0]
         step = node.args[2] if target is aten.arange.start_step and len(node.args) > 2 else 1
-        return Meaning(Form.RANGE, (EXPERT,)) if start == 0 and step == 1 else None
+        return Meaning(Form.RANGE, (EXPERT,)) if start == 0 and step == 1 and _counts_up(value) else None
     source = found.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None:
         return None
@@ -118,6 +118,16 @@ def _meaning(node: fx.Node, found: dict[fx.Node, Meaning], inputs: Sequence[fx.N
     if target in (aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar, aten.eq.Scalar):
         return _thresholded(node, source)
     return _moved(node, source)
+
+
+def _counts_up(numbers: torch.Tensor) -> bool:
+    """Whether a dtype holds the numbers 0, 1, 2... of a range as they are, and no other number is taken for one."""
+    dtype, length = numbers.dtype, numbers.shape[0]
+    if not isinstance(length, int):
+        return dtype is torch.int64
+    if dtype.is_floating_point:  # every whole number up to 1 / eps is one of its numbers
+        return bool(length <= 1 / torch.finfo(dtype).eps)
+    return not dtype.is_complex and dtype is not torch.bool and bool(length - 1 <= torch.iinfo(dtype).max)
 
 
 def is_index_number(argument: object) -> bool:

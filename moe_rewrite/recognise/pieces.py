@@ -16,7 +16,9 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
-from moe_rewrite.nodes import changes_something, erase_unused, example_value, first_input, is_written_to, operation
+from moe_rewrite.memory import is_written_to
+from moe_rewrite.nodes import changes_something, example_value, first_input, operation
+from moe_rewrite.recognise.erase import erase_unused
 from moe_rewrite.recognise.hits import length_of_range
 from moe_rewrite.recognise.regions import Region, find_regions
 from moe_rewrite.recognise.running import Bound, Prefix, are_counts, bound, root, says_empty

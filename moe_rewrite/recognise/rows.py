@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_rewrite import markers
 from moe_rewrite.loop import Kind, Place, Primitive, Step, Value
+from moe_rewrite.nodes import is_supposed
 from moe_rewrite.recognise import promotion, rules
 from moe_rewrite.recognise.convolution import product_of_rows
 from moe_rewrite.recognise.effects import Effects, Special
@@ -102,6 +103,8 @@ class RowProgram:
         if kind is Kind.PER_ROW and known:
             # The body's shapes may hold a number in the place of the row count, and all pairs are more rows than that.
             raise Refused("the number of rows is taken for one that is known", node)
+        if isinstance(example, torch.Tensor) and any(map(is_supposed, example.shape[kind is Kind.PER_ROW :])):
+            raise Refused("a size that only run time knows is taken for another one", node)
         value = Value(node.name, kind, node.meta.get("val"))
         self.steps.append(Step(value, op, args, kwargs))
         return value
@@ -211,6 +214,8 @@ class RowProgram:
         if node.target in _TRANSPOSES:
             return None  # asked for a column, it gives one
         if node.target in _DROPS_THE_COLUMN:
+            if rules.squeezes(node, 0):
+                raise Refused(rules.SQUEEZED, node)
             if columns != 1 or example.dim() != 1:
                 raise Refused("the table of selected positions is used as a whole", node)
             return self.column(mask, 0, example)
@@ -282,6 +287,8 @@ class RowProgram:
         tables = (source for source in node.all_input_nodes if source.meta.get("val") is not None)
         if any(self.values[source] is None for source in tables):
             raise Refused("the table of selected positions is used as a whole", node)
+        if op in _PICKS:  # how many, torch supposes of where two such meet; eager may broadcast them
+            raise Refused(f"`{op}` gives a size that only run time knows", node)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n])  # type: ignore[misc]
         given = rules.arguments(op, args, kwargs)
         if any(isinstance(leaf, Special) for leaf in rules.leaves(given)):
@@ -431,6 +438,10 @@ class RowProgram:
 
 
 _CONSTANTS = {aten.new_zeros: 0, aten.new_ones: 1, aten.new_full: None}
+_PICKS = (
+    *(aten.masked_select.default, aten.repeat_interleave.Tensor),
+    *(aten._unique.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default),
+)
 _TAKES_A_COLUMN = (aten.unbind.int, aten.select.int)
 _DROPS_THE_COLUMN = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)

@@ -6,7 +6,6 @@ per-row value is the row: an operator is rowwise when it neither reduces, moves 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -184,6 +183,18 @@ def _constant_rows(op: torch._ops.OpOverload, given: dict[str, Any], result: Any
     return None
 
 
+def squeezes(node: fx.Node, dim: int) -> bool:
+    """Whether a node drops dimension ``dim`` of its input where that has one entry: a single row is no row any more."""
+    if node.target is aten.squeeze.default:
+        return True
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    dims: Any = node.args[1] if node.target in (aten.squeeze.dim, aten.squeeze.dims) else ()
+    return any(one % rank == dim for one in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
+SQUEEZED = "`squeeze()` makes a single number of an expert's only position: name the dimension, as in `squeeze(-1)`"
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be the same."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -207,23 +218,6 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 def is_without_gaps(tensor: torch.Tensor) -> bool:
     """Whether the entries of a tensor are known to be all that lies between its first and its last in memory."""
     return same_layout(tensor, torch.empty_like(tensor))
-
-
-def is_apart(tensor: torch.Tensor) -> bool:
-    """Whether any two entries of a tensor lie in places of their own: each stride reaches past what is within it."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    dims = [dim for dim in zip(tensor.shape, tensor.stride(), strict=True) if not same_size(dim[0], 1)]
-
-    def grows(order: tuple[tuple[Any, Any], ...]) -> bool:
-        reach: Any = 0
-        for size, stride in order:
-            if not statically_known_true(stride > reach):
-                return False
-            reach = reach + size * stride - stride
-        return True
-
-    return any(map(grows, itertools.permutations(reversed(dims))))
 
 
 def _table() -> dict[torch._ops.OpOverloadPacket, Rule]:

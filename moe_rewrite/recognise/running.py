@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
-from moe_rewrite.nodes import example_value, first_input, is_written_to, operation
+from moe_rewrite.memory import is_written_to
+from moe_rewrite.nodes import example_value, first_input, operation
 from moe_rewrite.recognise.bounds import distinct_run, upper_bound
 from moe_rewrite.recognise.rules import at_least, same_size
 

@@ -10,7 +10,36 @@ import torch
 from torch import fx
 
 from moe_rewrite import markers
-from moe_rewrite.nodes import example_value, is_written_to, same_in_eager, shares_memory, times_written
+from moe_rewrite.memory import is_written_to, same_in_eager, shares_memory, times_written
+from moe_rewrite.nodes import example_value, first_input, operation
+
+
+def is_zero_before(tensor: fx.Node, loop: fx.Node) -> bool:
+    """Whether each entry of a tensor is known to be 0, not -0.0, when a loop begins: it was made so, and is untouched.
+
+    What is added to 0 never gives -0.0, so it is enough to look at what comes before the first path of the loop.
+    """
+    made = tensor
+    while operation(made) in _SAME_ENTRIES and (source := first_input(made)) is not None:
+        made = source
+    nodes = list(made.graph.nodes)
+    between = nodes[nodes.index(made) + 1 : nodes.index(loop)]
+    if operation(made) not in _ZEROS or loop not in nodes[nodes.index(made) :]:
+        return False
+    uses = (node for node in between if any(shares_memory(source, made) for source in node.all_input_nodes))
+    return all(_only_views(node, made) for node in uses)
+
+
+def _only_views(node: fx.Node, made: fx.Node) -> bool:
+    """Whether a node gives a view of a tensor, or one of its sizes, and does nothing else."""
+    is_view = shares_memory(node, made) and operation(node) in _VIEWS
+    return is_view or (not isinstance(example_value(node), torch.Tensor) and operation(node) in _SIZES)
+
+
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_SAME_ENTRIES = {"view", "reshape", "flatten", "unsqueeze", "squeeze", "permute", "transpose", "t", "contiguous"}
+_VIEWS = {*_SAME_ENTRIES, "getitem", "select", "narrow", "split", "chunk", "unbind", "expand", "detach"}
+_SIZES = {"size", "stride", "dim", "numel", "getattr", "sym_size", "sym_numel"}
 
 
 def told_from_start(carry_in: fx.Node, carry_out: fx.Node, changed_in_place: bool) -> str | None:
