@@ -102,6 +102,13 @@ def may_share_memory(a: fx.Node, b: fx.Node) -> bool:
     return any(shares_memory(one, b) for one in same_in_eager(a))
 
 
+def may_touch(a: fx.Node, b: fx.Node) -> bool:
+    """Whether the tensors of two nodes may have an entry in common."""
+    if shares_memory(a, b):
+        return not MemoryRegion.of(_inside(example_value(a))).is_apart(MemoryRegion.of(_inside(example_value(b))))
+    return may_share_memory(a, b)
+
+
 def same_in_eager(node: fx.Node) -> list[fx.Node]:
     """A tensor, and what eager has in its memory and fake tensors have not."""
     found = [node]

@@ -32,7 +32,7 @@ from moe_rewrite.loop import (
     Write,
     root_of,
 )
-from moe_rewrite.memory import MemoryRegion, is_written_to, may_share_memory
+from moe_rewrite.memory import MemoryRegion, is_written_to, may_share_memory, may_touch
 from moe_rewrite.nodes import example_value, has_unknown_size, operation
 from moe_rewrite.recognise import provenance, rules
 from moe_rewrite.recognise.aten import Traces
@@ -145,8 +145,8 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
             continue
         theirs = _changed_inputs(other.outcome)
         reason = ""
-        if any(may_share_memory(a, b) for a in theirs for b in read) or any(
-            a is not b and may_share_memory(a, b) for a in theirs for b in mine
+        if any(may_touch(a, b) for a in theirs for b in read) or any(
+            a is not b and may_touch(a, b) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
         elif not _write_apart(loop, other.outcome):
@@ -482,7 +482,7 @@ def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
     """An accumulator that shares memory with something else that the body reads is read while it changes."""
     for position in accumulators:
         accumulator = inputs[position]
-        if any(may_share_memory(accumulator, other) for i, other in enumerate(inputs) if i != position):
+        if any(may_touch(accumulator, other) for i, other in enumerate(inputs) if i != position):
             raise Refused("the accumulator shares its memory with something that the body reads", accumulator)
         if any(may_share_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
             # Two inputs of a graph may overlap in one call and not in the next; no guard would tell.
