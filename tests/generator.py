@@ -299,7 +299,7 @@ DTYPES = {
 INTEGERS = ("int64", "int32")
 LOW_DTYPES = ("float32", "bfloat16", "float16")
 ID_DTYPES = ("int32", "uint8", "int8", "int16")
-LARGE = {"float16": (-60000.0, 30000.0), "bfloat16": (-3e38, 1.5e38), "float32": (-3e38, 1.5e38)}
+LARGE = {"float16": (-60000.0, 30000.0)}
 """What the result starts at, and what the rows are multiplied by, for a start that is ``large``."""
 
 
@@ -716,12 +716,11 @@ def _dtype(choose: Choose, special: tuple[str, ...], is_low: bool) -> str:
         return str(choose(INTEGERS))
     if "autocast" in special:
         return "float32"
-    in_low_precision = "start" in special or "out dtype" in special
-    return (
-        str(choose((*LOW_DTYPES, *(["float64", "float64"] if in_low_precision else []))))
-        if (is_low or in_low_precision)
-        else "float64"
-    )
+    if "start" in special:
+        return str(choose((*LARGE, *LARGE, "float64", "float64", *LOW_DTYPES)))
+    if "out dtype" in special:
+        return str(choose((*LOW_DTYPES, "float64", "float64")))
+    return str(choose(LOW_DTYPES)) if is_low else "float64"
 
 
 def programs() -> st.SearchStrategy[Program]:
@@ -1743,8 +1742,10 @@ def expected(program: Program) -> list[_Expected] | None:
             warnings.simplefilter("ignore")
             try:
                 seen = observe(eager, eager, args, program.grad)
-            except Exception:
-                return [*calls, _Expected(args, None, None)]
+            except Exception as error:
+                # AOTAutograd makes a graph without operators in place, which has no such error.
+                is_of_eager_alone = "modified by an inplace operation" in str(error)
+                return None if is_of_eager_alone else [*calls, _Expected(args, None, None)]
             if double is not None:
                 if call:
                     _changed(double)
