@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import NUM_EXPERTS, Args, Loop, Moe, assert_same, hits, inputs, observe
+import torch.nn.functional as F
+from loops import HIDDEN, NUM_EXPERTS, TOKENS, Args, Loop, Moe, assert_same, hits, inputs, observe
 
 REWRITTEN = "-> grouped_mm"
 
@@ -203,6 +204,323 @@ def one_row_for_ids_by_slot_that_come_up_twice(m, x, ids, weights):
     return out
 
 
+# --- what is known of ids ---------------------------------------------------------------------------------------------
+
+
+def scored(tokens: int = TOKENS, scores: int = NUM_EXPERTS) -> Callable[[], Args]:
+    """Hidden states and scores, some of which are equal when they are rounded down."""
+
+    def args() -> Args:
+        made = torch.rand(tokens, scores, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return inputs(tokens)[0], made, None
+
+    return args
+
+
+def add_and_put_back(m, x, ids):
+    """Of the rows of one expert and token, the last is what counts."""
+    out = torch.zeros_like(x)
+    for e in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == e)
+        out[token] = out[token] + m.expert(x[token], e) * (slot + 1).unsqueeze(-1)
+    return out
+
+
+def add(m, x, ids):
+    out = torch.zeros_like(x)
+    for e in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == e)
+        out.index_add_(0, token, m.expert(x[token], e) * (slot + 1).unsqueeze(-1))
+    return out
+
+
+@guarded(args=scored())
+def ids_that_were_written_to(m, x, scores, weights):
+    ids = scores.topk(2)[1]
+    ids.add_(1)
+    return add(m, x, ids)
+
+
+@guarded(args=scored(), backward=False)
+def ids_that_were_made_equal(m, x, scores, weights):
+    ids = scores.topk(2)[1]
+    ids[:, 1] = ids[:, 0]
+    return add_and_put_back(m, x, ids)
+
+
+@guarded(args=scored(), backward=False)
+def numbers_of_a_topk_as_ids(m, x, scores, weights):
+    return add(m, x, (scores * 7).topk(2)[0].long())
+
+
+@guarded(args=scored(), backward=False)
+def equal_numbers_of_a_topk_as_ids(m, x, scores, weights):
+    return add_and_put_back(m, x, (scores * 4).topk(2)[0].long())
+
+
+@guarded(args=scored(scores=NUM_EXPERTS + 2))
+def more_scores_than_experts(m, x, scores, weights):
+    return add(m, x, scores.topk(2)[1])
+
+
+@guarded(args=scored(scores=NUM_EXPERTS + 2))
+def positions_in_all_scores(m, x, scores, weights):
+    return add(m, x, scores.flatten().argmax().expand(TOKENS, 1))
+
+
+@guarded(args=scored(), backward=False)
+def ids_that_stand_there_twice(m, x, scores, weights):
+    ids = scores.topk(2)[1].unsqueeze(-1).expand(-1, -1, 2)
+    out = x.new_zeros(*ids.shape[:2], HIDDEN)
+    for e in range(NUM_EXPERTS):
+        token, slot, again = torch.where(ids == e)
+        out[token, slot] = out[token, slot] + m.expert(x[token], e) * (again + 1).unsqueeze(-1)
+    return out
+
+
+@guarded(args=scored(scores=300), backward=False)
+def ids_that_a_cast_makes_equal(m, x, scores, weights):
+    scores = scores.clone()
+    scores[:, 1], scores[:, 257] = 2, 3
+    return add_and_put_back(m, x, scores.topk(2)[1].to(torch.uint8))
+
+
+@guarded(args=given([[0, 2**32 + 1], [1, 2], [2**32 + 2, 2], [3, 2**32], [2**33, 2], [2, 0]]))
+def ids_that_a_cast_cuts_off(m, x, ids, weights):
+    return add(m, x, ids.int())
+
+
+@guarded(args=given([[0, 2**32 + 1], [1, 2], [2**32 + 2, 2], [3, 2**32], [2**33, 2], [2, 0]]))
+def ids_that_a_cast_would_cut_off(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), ids.int().unsqueeze(-1) == torch.arange(NUM_EXPERTS)
+    for e in range(NUM_EXPERTS):
+        token, slot = torch.where(mask[..., e])
+        out.index_add_(0, token, m.expert(x[token], e) * weights[token, slot, None])
+    return out
+
+
+# --- masks that are nearly "the ids equal the expert" -----------------------------------------------------------------
+
+
+def of_mask(select: Callable[..., Any], told: str = REWRITTEN, **fields: Any) -> None:
+    """Registers a loop over all experts whose rows are at ``select(ids, e)``: tokens, and slots or nothing else."""
+
+    def loop(m, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in range(NUM_EXPERTS):
+            found = select(ids, e)
+            out.index_add_(0, found[0], m.expert(x[found[0]], e) * (found[-1] + 1).unsqueeze(-1))
+        return out
+
+    loop.__name__ = select.__name__
+    guarded(told, **fields)(loop)
+
+
+@of_mask
+def numbers_from_one(ids, e):
+    return torch.where((ids.unsqueeze(-1) == torch.arange(1, NUM_EXPERTS + 1))[..., e])
+
+
+@of_mask
+def every_other_number(ids, e):
+    return torch.where((ids.unsqueeze(-1) == torch.arange(0, 2 * NUM_EXPERTS, 2))[..., e])
+
+
+@of_mask
+def entries_that_are_not_set(ids, e):
+    return torch.where(F.one_hot(ids, NUM_EXPERTS)[..., e] == 0)
+
+
+@of_mask
+def entries_above_one(ids, e):
+    return torch.where((F.one_hot(ids, NUM_EXPERTS) * 2)[..., e] > 1)
+
+
+@of_mask
+def tokens_with_the_expert_twice(ids, e):
+    return torch.where((ids == e).sum(-1) > 1)
+
+
+def as_many_slots_as_experts() -> Args:
+    return inputs(top_k=NUM_EXPERTS)
+
+
+def _all_but_the_experts_rows(ids, e):
+    return torch.where(torch.isin(ids, e, invert=True))
+
+
+def _slot_of_the_experts_number(ids, e):
+    return torch.where(F.one_hot(ids, NUM_EXPERTS)[:, e])
+
+
+def _number_in_its_own_slot(ids, e):
+    return torch.where((ids == torch.arange(NUM_EXPERTS))[:, e])
+
+
+of_mask(_all_but_the_experts_rows, told="`aten.isin.Tensor_Scalar` of a value that each expert has")
+of_mask(_slot_of_the_experts_number, args=as_many_slots_as_experts)
+of_mask(_number_in_its_own_slot, args=as_many_slots_as_experts)
+
+
+def many_on_one_expert() -> Args:
+    """256 rows of expert 1, which a byte counts as none, and some of the others."""
+    x, ids, weights = inputs(260, top_k=1)
+    ids[:256] = 1
+    ids[256:] = torch.tensor([[0], [2], [3], [2]])
+    return x, ids, weights
+
+
+def hits_by(count: Callable[..., Any], args: Callable[[], Args], backward: bool = True) -> None:
+    """Registers a loop over the positions of ``count(mask)`` that are not 0."""
+
+    def loop(m, x, ids, weights):
+        out, mask = torch.zeros_like(x), m.mask(ids)
+        for expert in count(mask).nonzero():
+            slot, token = torch.where(mask[expert[0]])
+            out.index_add_(0, token, m.expert(x[token], expert[0]) * weights[token, slot, None])
+        return out
+
+    loop.__name__ = f"hits_{count.__name__.strip('_')}"
+    guarded(args=args, backward=backward)(loop)
+
+
+def _by_a_sum_of_bytes(mask):
+    return mask.sum((1, 2), dtype=torch.uint8) > 0
+
+
+def _by_a_sum_that_is_cast_to_bytes(mask):
+    return mask.sum((1, 2)).to(torch.uint8) > 0
+
+
+def _with_more_than_two_rows(mask):
+    return mask.sum((1, 2)) > 2
+
+
+def _with_an_odd_number_of_rows(mask):
+    return mask.sum((1, 2)) % 2 == 1
+
+
+def _without_rows(mask):
+    return mask.sum((1, 2)) == 0
+
+
+def _with_exactly_one_row(mask):
+    return mask.sum((1, 2)) == 1
+
+
+hits_by(_by_a_sum_of_bytes, many_on_one_expert)
+hits_by(_by_a_sum_that_is_cast_to_bytes, many_on_one_expert)
+hits_by(_with_more_than_two_rows, inputs)
+hits_by(_with_an_odd_number_of_rows, inputs)
+hits_by(_without_rows, inputs, backward=False)
+hits_by(_with_exactly_one_row, many_on_one_expert)
+
+
+@guarded("the body selects rows in two different ways")
+def rows_in_two_orders(m, x, ids, weights):
+    out, mask = torch.zeros_like(x), m.mask(ids)
+    for e in range(NUM_EXPERTS):
+        _slot, token = torch.where(mask[e])
+        by_token, slot = torch.where(mask[e].t())
+        out.index_add_(0, token, m.expert(x[token], e) * weights[by_token, slot, None])
+    return out
+
+
+@guarded("the body selects rows in two different ways")
+def rows_of_two_masks(m, x, ids, weights):
+    out, one = torch.zeros_like(x), x > 0
+    other = one.flip(0)
+    for e in range(NUM_EXPERTS):
+        token, partner = torch.where(one[:, e])[0], torch.where(other[:, e])[0]
+        out.index_add_(0, token, m.expert(x[token], e) + x[partner])
+    return out
+
+
+@guarded("those along neighbouring axes")
+def ids_along_an_axis_between(m, x, ids, weights):
+    three = torch.stack([ids, ids.flip(0)], dim=-1)
+    out = torch.zeros_like(x)
+    for e in range(NUM_EXPERTS):
+        token, column = torch.where((three == e).any(1))
+        out.index_add_(0, token, m.expert(x[token], e) * (column + 1).unsqueeze(-1))
+    return out
+
+
+# --- what comes into an accumulator -----------------------------------------------------------------------------------
+
+
+@guarded("reads the accumulator", backward=False)
+def puts_back_what_it_has_read_before(m, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e in range(NUM_EXPERTS):
+        token, _slot = torch.where(ids == e)
+        before, y = out[token], m.expert(x[token], e)
+        out.index_add_(0, token, y * 2)
+        out[token] = before + y
+    return out
+
+
+@guarded("reads the accumulator", backward=False)
+def reads_one_accumulator_and_writes_another(m, x, ids, weights):
+    out, other = torch.zeros_like(x), torch.ones_like(x)
+    for e in range(NUM_EXPERTS):
+        token, _slot = torch.where(ids == e)
+        other[token] = out[token] + m.expert(x[token], e)
+        out.index_add_(0, token, x[token])
+    return out + other
+
+
+@guarded("reads the accumulator", backward=False)
+def reads_at_other_positions_than_it_writes_at(m, x, ids, weights):
+    out = x.new_zeros(TOKENS + 1, HIDDEN)
+    for e in range(NUM_EXPERTS):
+        token, _slot = torch.where(ids == e)
+        out[token + 1] = out[token] + m.expert(x[token], e)
+    return out
+
+
+@guarded("more than once", args=given(TWICE))
+def puts_back_and_takes_gradients(m, x, ids, weights):
+    return add_and_put_back(m, x, ids)
+
+
+@guarded("more than once", backward=False)
+def puts_back_at_positions_of_its_own_that_come_up_again(m, x, ids, weights):
+    out, scores = torch.zeros_like(x), x[:, :NUM_EXPERTS].T
+    for expert in hits(m.mask(ids)):
+        best = scores[expert[0]].topk(4)[1]
+        half = best // 2
+        out[half] = out[half] + x[best] * m.scale[expert[0]]
+    return out
+
+
+@guarded()
+def slots_first(m, x, ids, weights):
+    out = x.new_zeros(ids.shape[1], TOKENS, HIDDEN)
+    for e in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == e)
+        out.index_put_((slot, token), m.expert(x[token], e), accumulate=True)
+    return out
+
+
+@guarded()
+def more_places_than_tokens(m, x, ids, weights):
+    out = x.new_zeros(TOKENS + 2, HIDDEN)
+    for e in range(NUM_EXPERTS):
+        token, _slot = torch.where(ids == e)
+        out.index_add_(0, token, m.expert(x[token], e))
+    return out
+
+
+@guarded("one position for each row", backward=False)
+def some_columns_scattered(m, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e in range(NUM_EXPERTS):
+        token, _slot = torch.where(ids == e)
+        out.scatter_add_(0, token.unsqueeze(-1).expand(-1, HIDDEN // 2), m.expert(x[token], e))
+    return out
+
+
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
@@ -217,4 +535,64 @@ def bounds_that_change_after_they_were_read(m, x, ids, weights):
     for e in range(NUM_EXPERTS):
         start = 0 if e == 0 else stops[e - 1]
         out[start : stops[e]] = m.expert(rows[start : stops[e]], e)
+    return torch.zeros_like(x).index_add(0, order // ids.shape[1], out)
+
+
+def pieces_between(bounds: Callable[..., Any], told: str = REWRITTEN) -> None:
+    """Registers a loop over pieces from one bound to another, of rows that are sorted by expert."""
+
+    def loop(m, x, ids, weights):
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        rows, counts = x[order // ids.shape[1]], flat.bincount(minlength=NUM_EXPERTS)
+        starts, stops = bounds(counts)
+        out = torch.zeros_like(rows)
+        for e in range(NUM_EXPERTS - 1):
+            out[starts[e] : stops[e]] = m.expert(rows[starts[e] : stops[e]], e)
+        return torch.zeros_like(x).index_add(0, order // ids.shape[1], out)
+
+    loop.__name__ = bounds.__name__
+    guarded(told)(loop)
+
+
+@pieces_between
+def sums_without_the_first(counts):
+    stops = counts[1:].cumsum(0)
+    return stops - counts[1:], stops
+
+
+@pieces_between
+def sums_after_a_one(counts):
+    offsets = torch.cat([torch.ones(1, dtype=torch.long), counts.cumsum(0)])
+    return offsets, counts.cumsum(0)
+
+
+@pieces_between
+def sums_padded_with_a_one(counts):
+    return F.pad(counts.cumsum(0), (1, 0), value=1), counts.cumsum(0)
+
+
+@pieces_between
+def sums_padded_at_the_end(counts):
+    return F.pad(counts.cumsum(0), (0, 1)), counts.cumsum(0) + 1
+
+
+@pieces_between
+def sums_less_other_sizes(counts):
+    return counts.cumsum(0) - counts.flip(0), counts.cumsum(0)
+
+
+@pieces_between
+def sums_of_sums(counts):
+    return torch.zeros_like(counts), counts.cumsum(0).cumsum(0)
+
+
+@guarded("")
+def starts_at_the_end_for_the_first_expert(m, x, ids, weights):
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    rows, ends = x[order // ids.shape[1]], flat.bincount(minlength=NUM_EXPERTS).cumsum(0)
+    out = torch.zeros_like(rows)
+    for e in range(NUM_EXPERTS):
+        out[ends[e - 1] : ends[e]] = m.expert(rows[ends[e - 1] : ends[e]], e)
     return torch.zeros_like(x).index_add(0, order // ids.shape[1], out)
