@@ -72,6 +72,7 @@ def by_slot(ids: Any) -> Callable[[], Args]:
 
 
 WITH_SENTINELS = [[0, 4], [1, 2], [4, 2], [3, 9], [4, 4], [2, 0]]
+UNEVEN = [[0, 1], [1, 2], [2, 1], [1, 0], [1, 3], [2, 1]]
 TWICE = [[0, 0], [1, 2], [2, 2], [3, 1], [1, 1], [2, 0]]
 
 
@@ -230,7 +231,7 @@ def add(m, x, ids):
     out = torch.zeros_like(x)
     for e in range(NUM_EXPERTS):
         token, slot = torch.where(ids == e)
-        out.index_add_(0, token, m.expert(x[token], e) * (slot + 1).unsqueeze(-1))
+        out.index_add_(0, token, m.expert(x[token], e) * (slot + 1).unsqueeze(-1) * m.scale[e])
     return out
 
 
@@ -263,9 +264,9 @@ def more_scores_than_experts(m, x, scores, weights):
     return add(m, x, scores.topk(2)[1])
 
 
-@guarded(args=scored(scores=NUM_EXPERTS + 2))
+@guarded(args=scored(), backward=False)
 def positions_in_all_scores(m, x, scores, weights):
-    return add(m, x, scores.flatten().argmax().expand(TOKENS, 1))
+    return add(m, x, scores.argmax().expand(TOKENS, 1))
 
 
 @guarded(args=scored(), backward=False)
@@ -392,8 +393,8 @@ def _by_a_sum_that_is_cast_to_bytes(mask):
     return mask.sum((1, 2)).to(torch.uint8) > 0
 
 
-def _with_more_than_two_rows(mask):
-    return mask.sum((1, 2)) > 2
+def _with_more_than_three_rows(mask):
+    return mask.sum((1, 2)) > 3
 
 
 def _with_an_odd_number_of_rows(mask):
@@ -410,10 +411,21 @@ def _with_exactly_one_row(mask):
 
 hits_by(_by_a_sum_of_bytes, many_on_one_expert)
 hits_by(_by_a_sum_that_is_cast_to_bytes, many_on_one_expert)
-hits_by(_with_more_than_two_rows, inputs)
-hits_by(_with_an_odd_number_of_rows, inputs)
-hits_by(_without_rows, inputs, backward=False)
-hits_by(_with_exactly_one_row, many_on_one_expert)
+hits_by(_with_more_than_three_rows, given(UNEVEN))
+hits_by(_with_an_odd_number_of_rows, given(UNEVEN))
+hits_by(_without_rows, given([[0, 1], [1, 0], [0, 2]]), backward=False)
+hits_by(_with_exactly_one_row, given(UNEVEN))
+
+
+@guarded(args=given(UNEVEN))
+def passes_over_experts_with_one_row(m, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e in range(NUM_EXPERTS):
+        if (ids == e).sum() == 1:
+            continue
+        token, slot = torch.where(ids == e)
+        out.index_add_(0, token, m.expert(x[token], e) * weights[token, slot, None])
+    return out
 
 
 @guarded("the body selects rows in two different ways")
@@ -538,7 +550,7 @@ def bounds_that_change_after_they_were_read(m, x, ids, weights):
     return torch.zeros_like(x).index_add(0, order // ids.shape[1], out)
 
 
-def pieces_between(bounds: Callable[..., Any], told: str = REWRITTEN) -> None:
+def pieces_between(bounds: Callable[..., Any], told: str = REWRITTEN, backward: bool = True) -> None:
     """Registers a loop over pieces from one bound to another, of rows that are sorted by expert."""
 
     def loop(m, x, ids, weights):
@@ -552,46 +564,58 @@ def pieces_between(bounds: Callable[..., Any], told: str = REWRITTEN) -> None:
         return torch.zeros_like(x).index_add(0, order // ids.shape[1], out)
 
     loop.__name__ = bounds.__name__
-    guarded(told)(loop)
+    guarded(told, given(UNEVEN), backward)(loop)
 
 
 @pieces_between
 def sums_without_the_first(counts):
     stops = counts[1:].cumsum(0)
-    return stops - counts[1:], stops
+    return F.pad(stops, (1, 0)), stops
+
+
+@pieces_between
+def sums_after_ones(counts):
+    stops = counts.cumsum(0)
+    return torch.cat([torch.ones(1, dtype=torch.long), stops]), stops
 
 
 @pieces_between
 def sums_after_a_one(counts):
-    offsets = torch.cat([torch.ones(1, dtype=torch.long), counts.cumsum(0)])
-    return offsets, counts.cumsum(0)
+    stops = counts.cumsum(0)
+    return torch.cat([counts.new_tensor([1]), stops]), stops
 
 
 @pieces_between
 def sums_padded_with_a_one(counts):
-    return F.pad(counts.cumsum(0), (1, 0), value=1), counts.cumsum(0)
+    stops = counts.cumsum(0)
+    return F.pad(stops, (1, 0), value=1), stops
 
 
-@pieces_between
-def sums_padded_at_the_end(counts):
-    return F.pad(counts.cumsum(0), (0, 1)), counts.cumsum(0) + 1
+def _sums_padded_at_the_end(counts):
+    stops = counts.cumsum(0)
+    return F.pad(stops, (0, 1)), stops
+
+
+pieces_between(_sums_padded_at_the_end, backward=False)
 
 
 @pieces_between
 def sums_less_other_sizes(counts):
-    return counts.cumsum(0) - counts.flip(0), counts.cumsum(0)
+    stops = counts.cumsum(0)
+    return stops - counts.roll(1), stops
 
 
 @pieces_between
 def sums_of_sums(counts):
-    return torch.zeros_like(counts), counts.cumsum(0).cumsum(0)
+    stops = counts.cumsum(0).cumsum(0)
+    return F.pad(stops, (1, 0)), stops
 
 
-@guarded("")
+@guarded("", given(UNEVEN))
 def starts_at_the_end_for_the_first_expert(m, x, ids, weights):
     flat = ids.flatten()
     order = flat.argsort(stable=True)
-    rows, ends = x[order // ids.shape[1]], flat.bincount(minlength=NUM_EXPERTS).cumsum(0)
+    rows, ends = x[order // ids.shape[1]], flat.bincount(minlength=NUM_EXPERTS).cumsum(0).tolist()
     out = torch.zeros_like(rows)
     for e in range(NUM_EXPERTS):
         out[ends[e - 1] : ends[e]] = m.expert(rows[ends[e - 1] : ends[e]], e)
