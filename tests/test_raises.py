@@ -183,7 +183,7 @@ def _wider_sums(m, x, ids, weights):
 @pytest.mark.parametrize("loop", [_wider_rows, _narrower_rows, _wider_sums], ids=lambda loop: loop.__name__)
 def test_operators_that_cast_nothing(loop: Loop) -> None:
     for run_loop in (Moe(loop), torch.compile(Moe(loop), backend="moe_rewrite", options={"inner": "eager"})):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="dtype|scalar type"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"dtype|scalar type"):
             run_loop(*inputs())
 
 

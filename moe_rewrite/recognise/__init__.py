@@ -479,7 +479,7 @@ def _is_marker(node: fx.Node) -> bool:
 
 
 def _both_written(a: fx.Node, b: fx.Node, region: Region) -> bool:
-    """Whether two accumulators may touch. With gradients torch writes to no view that was made before its base changed."""
+    """Whether two accumulators may touch. Torch takes no gradient of views that were made before their base changed."""
     return may_share_memory(a, b) if _is_differentiated(region) else may_touch(a, b)
 
 
