@@ -47,7 +47,7 @@ from moe_rewrite.recognise.rows import RowProgram
 from moe_rewrite.recognise.selection import Selection
 from moe_rewrite.recognise.starts import is_zero_before, told_from_start
 
-aten = torch.ops.aten
+_ATEN = torch.ops.aten
 
 __all__ = ["Finding", "NoEffect", "find_loops"]
 
@@ -556,8 +556,8 @@ def _errors(
     for experts in missing:
         example = visited.example[experts.start : experts.stop]
         own = program.extra_step(
-            "missing", Kind.INVARIANT, example, aten.slice.Tensor, visited, 0, experts.start, experts.stop
+            "missing", Kind.INVARIANT, example, _ATEN.slice.Tensor, visited, 0, experts.start, experts.stop
         )
-        truth = program.extra_step("any_missing", Kind.INVARIANT, example.any(), aten.any.default, own)
+        truth = program.extra_step("any_missing", Kind.INVARIANT, example.any(), _ATEN.any.default, own)
         found.append(Error(truth, f"an expert from {experts.start} on is hit, and there are no weights for it"))
     return tuple(found)

@@ -317,14 +317,14 @@ class Effects:
             self._refuse_read(node)
         if target.accumulator.kind is not Kind.INVARIANT:
             raise Refused("what is added to depends on the iteration", node)
-        if name == "index_put":
-            index = self._from_the_start(index, target)
         if index and any(column.kind is Kind.PER_ROW for column in index):
             combine = self._rows(node, target, index, values, write)
         else:
             combine = self._whole(node, target, index, values, write)
         if target.carry is not None and self.carries[target.carry].in_place:
             combine = dataclasses.replace(combine, carry=None)
+        if name == "index_put":
+            combine = dataclasses.replace(combine, index=self._from_the_start(index, target))
         combine = dataclasses.replace(combine, alpha=alpha)
         self._check_mixture(node, combine)
         self.combines.append(combine)
