@@ -170,6 +170,19 @@ def tokens_written_by_two_paths(m, x, ids, weights):
     return out
 
 
+@guarded(WRITES_WHERE_ANOTHER_DOES, given(TWICE), backward=False)
+def tokens_written_anew_by_two_paths(m, x, ids, weights):
+    out = torch.zeros_like(x) + 1
+    for e in range(NUM_EXPERTS):
+        if e % 2 == 0:
+            token = torch.where(ids[:, 0] == e)[0]
+            out = out.index_put((token,), m.expert(x[token], e))
+        else:
+            token = torch.where(ids[:, 1] == e)[0]
+            out = out.index_put((token,), m.expert(x[token], e))
+    return out
+
+
 @guarded("one way through the body reads what another one adds to")
 def one_path_reads_what_another_adds_to(m, x, ids, weights):
     out, seen = torch.zeros_like(x), torch.ones_like(x)
@@ -263,6 +276,17 @@ def a_topk_and_experts_that_a_number_picks(m, x, scores, weights):
             token, _slot = torch.where(ids == e)
             out.index_add_(0, token, m.expert(x[token], e))
     return out
+
+
+@guarded("something besides rows comes of each expert")
+def adds_what_the_expert_has_if_it_has_rows(m, x, ids, weights):
+    out, aux, some = torch.zeros_like(x), torch.zeros_like(x), ids.clamp(max=2)
+    for e in range(NUM_EXPERTS):
+        token, _slot = torch.where(some == e)
+        if token.numel() > 0:
+            out.index_add_(0, token, m.expert(x[token], e))
+            aux.add_(m.bias[e])
+    return out + aux
 
 
 @guarded("something besides rows comes of each expert")
@@ -447,6 +471,20 @@ def ids_that_a_cast_would_cut_off(m, x, ids, weights):
     for e in range(NUM_EXPERTS):
         token, slot = torch.where(mask[..., e])
         out.index_add_(0, token, m.expert(x[token], e) * weights[token, slot, None])
+    return out
+
+
+@guarded("cannot hold the number of each expert", given([[0, 9], [1, 252], [3, 255], [4, 5], [7, 2]]))
+def bytes_less_the_first_expert(m, x, ids, weights):
+    """``ids - 4`` would be 252 for an id of 0."""
+    held, scale = ids.to(torch.uint8), torch.linspace(1, 2, 296, dtype=x.dtype)
+    out, mask = torch.zeros_like(x), (held.unsqueeze(-1) == torch.arange(300)).permute(2, 1, 0)
+    for expert in hits(mask):
+        e = expert[0].item()
+        if e < 4:
+            continue
+        slot, token = torch.where(held.t() == e)
+        out.index_add_(0, token, x[token] * scale[e - 4] * weights[token, slot, None])
     return out
 
 
@@ -685,7 +723,8 @@ def some_columns_scattered(m, x, ids, weights):
 
 @guarded(args=given([[0, 0], [9, 9], [1, 2], [9, 1], [9, 9]]), backward=False)
 def minus_zero_where_nothing_is_added(m, x, ids, weights):
-    out = torch.zeros_like(x).neg_()
+    out = torch.zeros_like(x)
+    out.neg_()
     for e in range(NUM_EXPERTS):
         token, _slot = torch.where(ids == e)
         out.index_add_(0, token, m.expert(x[token], e))
@@ -706,6 +745,16 @@ def copies_over_what_the_others_wrote(m, x, ids, weights):
     out = torch.zeros_like(x[0])
     for expert in hits(m.mask(ids)):
         out.copy_(m.bias[expert[0]])
+    return out
+
+
+@guarded("shares its memory with something that the body reads", backward=False)
+def reads_a_view_of_the_accumulator(m, x, ids, weights):
+    out = torch.ones_like(x)
+    seen = out.view(x.shape)
+    for expert in hits(m.mask(ids)):
+        token, _slot = torch.where(ids == expert[0])
+        out.index_add_(0, token, m.expert(x[token], expert[0]) + seen[token])
     return out
 
 
@@ -820,32 +869,42 @@ def list_of_all_pieces_but_the_last(m, x, ids, weights):
     return x + (torch.cat(found) + 1).sum(0)
 
 
-@guarded("", lambda: (inputs()[0], inputs()[0][:, : NUM_EXPERTS + 2], None))
-def list_of_the_pieces_of_some_experts(m, x, scores, weights):
-    flat = scores.topk(2)[1].flatten()
-    rows, counts, found = x[flat.argsort(stable=True) // 2], flat.bincount(minlength=NUM_EXPERTS + 2), []
-    start = 0
-    for e, n in enumerate(counts[:NUM_EXPERTS].tolist()):
-        end = start + n
-        if n == 0:
-            continue
-        found.append(m.expert(rows[start:end], e))
-        start = end
-    return x + (torch.cat(found) + 1).sum(0) if len(found) else x
+def pieces_in_a_list(sizes: Callable[..., Any], scores: int, told: str = "", more: bool = False) -> None:
+    """Registers a loop that puts its pieces into a list: how many rows all have is known, or is not."""
+
+    def loop(m, x, scores, weights):
+        flat = scores.topk(2)[1].flatten()
+        rows, counts, found = x[flat.argsort(stable=True) // 2], sizes(flat).tolist(), []
+        rows = torch.cat([rows, x]) if more else rows
+        start = 0
+        for e in range(NUM_EXPERTS):
+            n = counts[e]
+            if n == 0:
+                continue
+            found.append(m.expert(rows[start : start + n], e))
+            start += n
+        return x + (torch.cat(found) + 1).sum(0)
+
+    loop.__name__ = f"list_{sizes.__name__.strip('_')}{'_and_more' if more else ''}"
+    guarded(told, lambda: (inputs()[0], inputs()[0][:, :scores], None))(loop)
 
 
-@guarded("", lambda: (inputs()[0], inputs()[0][:, :NUM_EXPERTS], None))
-def list_of_the_pieces_of_some_ids(m, x, scores, weights):
-    flat = scores.topk(2)[1].flatten()
-    rows, counts, found = x[flat.argsort(stable=True) // 2], flat[3:].bincount(minlength=NUM_EXPERTS), []
-    start = 0
-    for e, n in enumerate(counts.tolist()):
-        end = start + n
-        if n == 0:
-            continue
-        found.append(m.expert(rows[start:end], e))
-        start = end
-    return x + (torch.cat(found) + 1).sum(0) if len(found) else x
+def _of_all_rows(flat):
+    return flat.bincount(minlength=NUM_EXPERTS)
+
+
+def _of_the_rows_of_some_ids(flat):
+    return flat[3:].bincount(minlength=NUM_EXPERTS)
+
+
+def _of_the_rows_of_some_experts(flat):
+    return flat.bincount(minlength=NUM_EXPERTS + 2)
+
+
+pieces_in_a_list(_of_all_rows, NUM_EXPERTS, REWRITTEN)
+pieces_in_a_list(_of_all_rows, NUM_EXPERTS, more=True)
+pieces_in_a_list(_of_the_rows_of_some_ids, NUM_EXPERTS)
+pieces_in_a_list(_of_the_rows_of_some_experts, NUM_EXPERTS + 2)
 
 
 # --- what is looked at besides ----------------------------------------------------------------------------------------
