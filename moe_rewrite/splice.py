@@ -10,6 +10,7 @@ from torch import fx
 
 from moe_rewrite.errors import NotLiftedError
 from moe_rewrite.loop import ExpertsLoop
+from moe_rewrite.lower.integers import keep_products
 from moe_rewrite.recognise.aten import autocast_of, trace
 from moe_rewrite.recognise.erase import erase_unused
 from moe_rewrite.recognise.regions import Region
@@ -23,6 +24,7 @@ def trace_replacement(loop: ExpertsLoop, run: Callable[..., list[torch.Tensor]])
     with torch.amp.autocast(_device_type(loop), enabled=False):
         replacement = trace(run, loop.inputs)
     replacement.graph.eliminate_dead_code()
+    keep_products(replacement.graph)
     return replacement
 
 

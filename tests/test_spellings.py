@@ -121,7 +121,8 @@ def constants(m, x, ids, weights):
     for limit, scale in ((0.5, [1.0, 2.0]), (0.25, [3.0, -1.0])):
         for (e,) in hits(mask):
             slot, token = torch.where(mask[e])
-            rows = m.expert(x[token], e).clamp(max=torch.tensor(limit))
+            rows = m.expert(x[token], e).clamp(max=torch.tensor(limit, dtype=x.dtype, device=x.device))
+            rows = torch.minimum(rows, torch.tensor(limit / 2)) - torch.where(rows > 0, rows, torch.tensor(limit))
             rows = rows * torch.tensor(scale, dtype=x.dtype, device=x.device).repeat(HIDDEN // 2) + torch.as_tensor(1)
             out.index_add_(0, token, rows * weights[token, slot, None])
     return out

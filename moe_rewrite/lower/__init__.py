@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moe_rewrite.errors import OptionsError
 from moe_rewrite.loop import EveryToken, ExpertsLoop
-from moe_rewrite.lower import auto, batched_mm, grouped_mm, triton
+from moe_rewrite.lower import auto, batched_mm, devices, grouped_mm, triton
 from moe_rewrite.lower.lift import InnerCompiler, Lifted
 from moe_rewrite.lower.pairs import Pairs
 
@@ -126,13 +126,16 @@ def choose(name: str, loop: ExpertsLoop, needs_grad: bool) -> tuple[ExpertsBacke
     """The experts backend that a mapping's ``name`` means for ``loop``, and why.
 
     ``needs_grad`` says whether there may be a gradient to compute. The first is None where the loop is to be left as it
-    is: it is so configured, or the backend cannot take the loop.
+    is: it is so configured, the backend cannot take the loop, or what it computes with is on several devices.
     """
     if name == EAGER:
         return None, "experts backend 'eager' is configured for it"
     why = "configured"
     if name == AUTO:
         name, why = auto.pick(loop, needs_grad)
+    reason = devices.refusal(loop)
+    if reason is not None:
+        return None, reason
     backend = _REGISTRY[name]
     reason = backend.check(loop)
     if reason is not None:

@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode  # seen to 
 
 from moe_rewrite.lower.grouped_product import grouped_sum
 from moe_rewrite.lower.joined import joined
+from moe_rewrite.lower.precision import accumulated_in
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("permuted(Tensor rows, Tensor order, Tensor inverse) -> Tensor")
@@ -115,7 +116,7 @@ def _repeat(rows: Tensor, before: int, after: int) -> Tensor:
 
 
 def _add_slots(rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    total, *others = (one.to(torch.promote_types(dtype, torch.float32)) for one in rows.unbind(dim))
+    total, *others = (one.to(accumulated_in(dtype)) for one in rows.unbind(dim))
     for one in others:
         total = total + one
     return total.to(dtype) if others else total.to(dtype, copy=True)  # never the memory of `rows`

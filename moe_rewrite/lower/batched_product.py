@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_rewrite.lower.grouped_product import grouped_outer, grouped_sum
 from moe_rewrite.lower.pairs import sort_by_expert
+from moe_rewrite.lower.precision import accumulated_in, is_fractional
 
 _LIBRARY = torch.library.Library("moe_rewrite", "FRAGMENT")
 _LIBRARY.define("batched_mm(Tensor rows, Tensor weight, Tensor expert, Tensor? bias) -> Tensor")
@@ -17,8 +18,8 @@ _LIBRARY.define("batched_mm(Tensor rows, Tensor weight, Tensor expert, Tensor? b
 def multiply_and_sum(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product written so that inductor makes one kernel of it, which reads the weights where they are.
 
-    ``bmm`` would get a copy of the weights for each pair. Products are added in fp32, as a matmul adds them, and so are
-    the gradients of weights and biases.
+    ``bmm`` would get a copy of the weights for each pair. Products are added as `precision.py` says, and so are the
+    gradients of weights and biases.
 
     Args:
         rows: ``[P, K]``.
@@ -29,14 +30,16 @@ def multiply_and_sum(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tensor 
     Returns:
         ``[P, N]``.
     """
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    if not is_fractional(rows.dtype):
+        return gather_and_multiply(rows, weight, expert, bias)
+    wide = accumulated_in(rows.dtype)
     result = (rows.to(wide).unsqueeze(2) * weight.to(wide)[expert]).sum(1)
     return (result if bias is None else result + bias.to(wide)[expert]).to(rows.dtype)
 
 
 def gather_and_multiply(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same for compilers that fuse nothing: a copy of the weights for each row, and ``bmm``."""
-    if rows.is_floating_point() and rows.dtype.itemsize < 4:
+    if accumulated_in(rows.dtype) is not rows.dtype:
         # The gradient of an index adds row by row in the dtype of the weights, which is too low to add in.
         return torch.ops.moe_rewrite.batched_mm(rows, weight, expert, bias)
     return _multiply(rows, weight[expert], None if bias is None else bias[expert])
@@ -45,13 +48,16 @@ def gather_and_multiply(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tens
 def _multiply(rows: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.bmm(rows.unsqueeze(1), weights).squeeze(1)
+    if not is_fractional(rows.dtype):
+        return _multiply(rows, weights, None) + bias
     return torch.baddbmm(bias.unsqueeze(1), rows.unsqueeze(1), weights).squeeze(1)
 
 
 @torch.library.impl(_LIBRARY, "batched_mm", "CompositeExplicitAutograd")
 def _batched_mm(rows: Tensor, weight: Tensor, expert: Tensor, bias: Tensor | None) -> Tensor:
-    # In float32, rounded once. With operands in bf16, results on an H200 (torch 2.11) had larger errors than eager's.
-    result = _multiply(rows.float(), weight[expert].float(), None if bias is None else bias[expert].float())
+    # Rounded once. With operands in bf16, results on an H200 (torch 2.11) had larger errors than eager's.
+    wide = accumulated_in(rows.dtype)
+    result = _multiply(rows.to(wide), weight[expert].to(wide), None if bias is None else bias[expert].to(wide))
     return result.to(rows.dtype)
 
 

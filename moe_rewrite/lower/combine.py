@@ -6,8 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from moe_rewrite.loop import Combine, ExpertsLoop, Kind, MaskDispatch, Primitive, TopKDispatch, Value, Write
+from moe_rewrite.loop import Combine, EveryToken, ExpertsLoop, Kind, MaskDispatch, Primitive, TopKDispatch, Value, Write
 from moe_rewrite.lower.pairs import Pairs, last_of_slots
 from moe_rewrite.lower.sums import additive_zero, sum_dtype, total_of
 
@@ -71,13 +72,20 @@ def _checked(loop: ExpertsLoop, column: Value, index: Tensor, size: int, pairs: 
 
     Some compilers count negative ones from the end where an operator of torch's raises.
     """
-    if any(step.result is column and step.op is Primitive.COORDINATE for step in loop.steps):
+    coordinates = [step.args[0] for step in loop.steps if step.result is column and step.op is Primitive.COORDINATE]
+    if coordinates and statically_known_true(_length(loop, coordinates[0]) <= size):
         return index
     index = index if pairs is None else pairs.harmless_index(index)
     if index.device.type == "cpu":
         fine = ((index >= 0) & (index < size)).all()
         torch.ops.aten._assert_async.msg(fine, f"a position is out of range for a dimension of size {size}")
     return index
+
+
+def _length(loop: ExpertsLoop, axis: int | None) -> int:
+    """How many coordinates there are along an axis."""
+    assert not isinstance(loop.dispatch, EveryToken)
+    return 1 if axis is None else loop.dispatch.shape[axis]
 
 
 def _by_slot(how: Combine, rows: Tensor, pairs: Pairs) -> tuple[Tensor, list[int]]:

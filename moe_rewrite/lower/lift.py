@@ -26,6 +26,7 @@ from moe_rewrite.lower.columns import taken_apart
 from moe_rewrite.lower.gathers import gather_of
 from moe_rewrite.lower.grouped_product import has_kernel_of_ours
 from moe_rewrite.lower.pairs import Pairs
+from moe_rewrite.lower.precision import accumulated_in
 from moe_rewrite.lower.sums import accumulations, wanted_dtype
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -182,10 +183,14 @@ class Lifted:
         return self.needs_grad and self.fuses and self.loop.device.type in BY_PARTS
 
     def _visited(self) -> Tensor | None:
-        """For which experts the body holds, ``[n]``: those that are not 0; None for all that have pairs."""
-        visited = None if self.loop.visited is None else self._values[self.loop.visited]
+        """For which experts the body holds, ``[n]``: those that are not 0; None for all that have pairs.
+
+        Python may ask about a tensor of any device.
+        """
+        device = self.loop.device
+        visited = None if self.loop.visited is None else self._values[self.loop.visited].to(device)
         for condition in self.loop.conditions:
-            truth = self._over_experts(condition.truth) != 0
+            truth = (self._over_experts(condition.truth) != 0).to(device)
             if condition.truth.kind is Kind.PER_EXPERT:
                 truth = truth.reshape(self.loop.num_experts)
             else:
@@ -367,14 +372,13 @@ def _lookups(loop: ExpertsLoop) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]
 
 
 def _gather(table: Tensor, index: tuple[Tensor, ...]) -> Tensor:
-    """``table[index]``, with a gradient that is added in float32 at least.
+    """``table[index]``, with a gradient that is added as `precision.py` says.
 
     Eager adds the rows of an expert by a sum, which does so. The gradient of an index adds them one by one in the dtype
     of the table: a bias of many rows in bf16 would lose most of them.
     """
-    if table.is_floating_point() and table.dtype.itemsize < 4:
-        return table.float()[index].to(table.dtype)
-    return table[index]
+    wide = accumulated_in(table.dtype)
+    return table[index] if wide is table.dtype else table.to(wide)[index].to(table.dtype)
 
 
 def _as_example(result: Any, example: Any) -> Any:

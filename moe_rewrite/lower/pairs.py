@@ -169,7 +169,8 @@ class Pairs:
 
     def _any_valid(self) -> Tensor:
         assert self.valid is not None
-        return self.valid.any() if self.offsets is None else self.offsets[-1] > 0
+        # Counted: what inductor makes of `any` on a GPU (2.11, 2.13) is an int8, for which Triton has no `where`.
+        return (self.valid.sum() if self.offsets is None else self.offsets[-1]) > 0
 
     def to_token_order(self, rows: Tensor) -> Tensor:
         """``rows`` ``[P, ...]`` of these pairs in the order of the expert ids."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_rewrite.loop import Combine, ExpertsLoop, Value, Write
 from moe_rewrite.lower.adjoints import slot_sum
+from moe_rewrite.lower.precision import accumulated_in
 
 MOST_ADDED_ONE_BY_ONE = 16
 """Up to how many numbers the code that is made adds by an operator for each."""
@@ -27,8 +28,7 @@ MOST_ADDED_ONE_BY_ONE = 16
 
 def sum_dtype(accumulator: torch.dtype, values: torch.dtype) -> torch.dtype:
     """The dtype in which values are multiplied by a number, summed and added to an accumulator."""
-    common = torch.promote_types(accumulator, values)
-    return torch.float32 if common in (torch.float16, torch.bfloat16) else common
+    return accumulated_in(torch.promote_types(accumulator, values))
 
 
 def accumulations(loop: ExpertsLoop) -> Iterator[tuple[Value, Value, list[Combine]]]:
