@@ -779,6 +779,35 @@ def rows_changed_under_a_view(m, x, ids, weights):
     return out
 
 
+LEFT_AND_CHANGED = "may be what the loop started from, and is changed in place"
+
+
+@guarded(LEFT_AND_CHANGED, backward=False)
+def start_that_no_number_picks(m, x, ids, weights):
+    start = torch.zeros_like(x)
+    out = start
+    for e in range(NUM_EXPERTS):
+        if m.scale[e] > 100:
+            token, _slot = torch.where(ids == e)
+            out = out.index_add(0, token, m.expert(x[token], e))
+    start.add_(1)
+    return out
+
+
+@guarded(LEFT_AND_CHANGED, given([[9, 9], [9, 9]]), backward=False)
+def start_that_two_loops_leave(m, x, ids, weights):
+    start, mask = torch.zeros_like(x), (ids.unsqueeze(-1) == torch.arange(NUM_EXPERTS)).permute(2, 1, 0)
+    out = start
+    for expert in hits(mask):
+        _slot, token = torch.where(mask[expert[0]])
+        out = out.index_add(0, token, m.expert(x[token], expert[0]))
+    for expert in hits(mask):
+        _slot, token = torch.where(mask[expert[0]])
+        out = out.index_add(0, token, m.expert(x[token], expert[0]))
+    out.add_(1)
+    return start + 1, out
+
+
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
