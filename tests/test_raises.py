@@ -156,6 +156,37 @@ def test_loops_that_always_raise(loop: Loop, caplog: pytest.LogCaptureFixture) -
     assert "the loop goes on after the last of" in caplog.text
 
 
+def _wider_rows(m, x, ids, weights):
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == expert)
+        out.index_add_(0, token, x[token] @ m.weight[expert])
+    return out
+
+
+def _narrower_rows(m, x, ids, weights):
+    out = x.new_zeros(TOKENS, TOP_K, HIDDEN)
+    for expert in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == expert)
+        out[token, slot] = (x[token] @ m.weight[expert]).float()
+    return out
+
+
+def _wider_sums(m, x, ids, weights):
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == expert)
+        out[token] = out[token] + x[token] @ m.weight[expert]
+    return out
+
+
+@pytest.mark.parametrize("loop", [_wider_rows, _narrower_rows, _wider_sums], ids=lambda loop: loop.__name__)
+def test_operators_that_cast_nothing(loop: Loop) -> None:
+    for run_loop in (Moe(loop), torch.compile(Moe(loop), backend="moe_rewrite", options={"inner": "eager"})):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+            run_loop(*inputs())
+
+
 # --- a single row ----------------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ def _apart_from_other_paths(finding: Finding, findings: list[Finding]) -> Findin
         theirs = _changed_inputs(other.outcome)
         reason = ""
         if any(may_touch(a, b) for a in theirs for b in read) or any(
-            a is not b and may_touch(a, b) for a in theirs for b in mine
+            a is not b and _both_written(a, b, finding.region) for a in theirs for b in mine
         ):
             reason = "one way through the body reads what another one adds to"
         elif not _write_apart(loop, other.outcome):
@@ -300,7 +300,7 @@ def _loop(
     in_place = [MemoryRegion.of(c.accumulator.example) for c in effects.combines if c.carry is None]
     if not all(region.has_places_of_their_own() for region in in_place):
         raise Refused("entries of the accumulator may lie in the same memory")
-    _check_aliases(inputs, _changed_positions(program))
+    _check_aliases(inputs, _changed_positions(program), region)
     visits_all = _visits_every_expert_with_rows(program, hits)
     has_sibling = any(other.rows == markers.NO_ROWS for other in paths)
     if region.rows == markers.SOME_ROWS and not visits_all and not has_sibling:
@@ -478,12 +478,19 @@ def _is_marker(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "moe_rewrite"
 
 
-def _check_aliases(inputs: list[fx.Node], accumulators: set[int]) -> None:
+def _both_written(a: fx.Node, b: fx.Node, region: Region) -> bool:
+    """Whether two accumulators may touch. Torch takes no gradient of views that were made before their base changed."""
+    return may_share_memory(a, b) if _is_differentiated(region) else may_touch(a, b)
+
+
+def _check_aliases(inputs: list[fx.Node], accumulators: set[int], region: Region) -> None:
     """An accumulator that shares memory with something else that the body reads is read while it changes."""
     for position in accumulators:
         accumulator = inputs[position]
         if any(may_touch(accumulator, other) for i, other in enumerate(inputs) if i != position):
             raise Refused("the accumulator shares its memory with something that the body reads", accumulator)
+        if any(_both_written(accumulator, inputs[other], region) for other in accumulators if other != position):
+            raise Refused("two accumulators that are changed are views of one tensor", accumulator)
         if any(may_share_memory(accumulator, given) for given in accumulator.graph.find_nodes(op="placeholder")):
             # Two inputs of a graph may overlap in one call and not in the next; no guard would tell.
             raise Refused(

@@ -301,6 +301,11 @@ class Effects:
                 target = dataclasses.replace(target, expert_dim=given["dim"] % target.accumulator.example.dim())
         else:
             raise Refused(f"`{op}` changes a tensor in place, other than by adding rows to an accumulator", node)
+        given_dtype = node.args[_VALUES[name]].meta["val"].dtype if name in _VALUES else None  # type: ignore[union-attr]
+        if given_dtype not in (None, target.accumulator.example.dtype):
+            raise Refused(
+                f"`{op}` of values in {given_dtype} raises an error: the accumulator is in another dtype", node
+            )
         if values == Reading(target, index, None) and write is Write.SET:
             return  # `out[e] += y` puts back what it has changed in place
         if isinstance(values, Sum) and write is Write.SET:
@@ -393,8 +398,7 @@ class Effects:
             raise Refused("what is added to the accumulator is not one row for each position", node)
         if accumulator.dtype is torch.bool and write is not Write.SET:
             raise Refused("rows are added to an accumulator of truth values", node)
-        fits = _same_shape(rows.shape[1:], accumulator.shape[len(index) :])
-        if not fits or (write is Write.SET and rows.dtype is not accumulator.dtype):
+        if not _same_shape(rows.shape[1:], accumulator.shape[len(index) :]):
             raise Refused("what is added to the accumulator does not have the shape of its rows", node)
         place = self._place(index, accumulator)
         if write is Write.ADD:
@@ -490,6 +494,8 @@ MAX_SLOTS = 64
 """Up to how many slots of a token are compared with each other."""
 
 _EFFECTS = {"index_add", "scatter_add", "index_put", "add", "copy", "select_scatter", "index", "alias"}
+_VALUES = {"index_add": 3, "scatter_add": 3, "index_put": 2}
+"""Where operators that cast nothing have their values. With fake tensors some of them take what raises in eager."""
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 _ADDS_TRAILING = (aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.repeat.default)
 _SIZES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default)
