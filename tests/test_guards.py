@@ -370,6 +370,15 @@ def writes_with_ids_of_no_expert(m, x, ids, weights):
     return out
 
 
+@guarded(args=given(TWICE), backward=False)
+def writes_with_ids_that_come_up_twice(m, x, ids, weights):
+    out = torch.ones_like(x)
+    for e in range(NUM_EXPERTS):
+        token, slot = torch.where(ids == e)
+        out[token] = m.expert(x[token], e) * weights[token, slot, None]
+    return out
+
+
 @guarded(args=by_slot(TWICE), backward=False)
 def ids_by_slot_that_come_up_twice(m, x, ids, weights):
     out = torch.zeros_like(x)
@@ -806,6 +815,34 @@ def start_that_two_loops_leave(m, x, ids, weights):
         out = out.index_add(0, token, m.expert(x[token], expert[0]))
     out.add_(1)
     return start + 1, out
+
+
+@guarded(
+    LEFT_AND_CHANGED, lambda: (*inputs(0)[:1], torch.ones(0, NUM_EXPERTS, dtype=torch.float64), None), backward=False
+)
+def start_that_no_token_leaves(m, x, scores, weights):
+    start, ids = x.new_zeros(TOKENS, HIDDEN), scores.topk(2)[1]
+    mask, out = m.mask(ids), start
+    for expert in hits(mask):
+        _slot, token = torch.where(mask[expert[0]])
+        out = out.index_add(0, token, m.expert(x[token], expert[0]))
+    start.add_(1)
+    return out
+
+
+@guarded(
+    LEFT_AND_CHANGED, lambda: (inputs()[0], torch.eye(NUM_EXPERTS).double()[1].expand(TOKENS, -1), None), backward=False
+)
+def start_that_the_experts_which_are_hit_leave(m, x, scores, weights):
+    start, ids = torch.zeros_like(x), scores.topk(1)[1]
+    mask, out = m.mask(ids), start
+    for expert in hits(mask):
+        if expert[0] == 1:
+            continue
+        _slot, token = torch.where(mask[expert[0]])
+        out = out.index_add(0, token, m.expert(x[token], expert[0]))
+    start.add_(1)
+    return out
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
