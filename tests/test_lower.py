@@ -100,6 +100,7 @@ def test_token_order(case):
     assert pairs.offsets is None
     assert pairs.inverse is None
     assert valid_of(pairs).tolist() == counts
+    assert [0 <= key < case.num_experts for key in pairs.key.tolist()] == counts
     for place, (expert, count) in enumerate(zip(case.ids.flatten().tolist(), counts, strict=True)):
         if count:
             assert (pairs.expert[place], pairs.position[place]) == (expert, place)

@@ -991,6 +991,45 @@ def cycle(second: Scaled, first: Scaled) -> None:
         expert.w.add_module("parent", expert)
 
 
+class Equal:
+    """Equal to any other of its class, and another object."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "Equal()"
+
+
+def put_plain_parameter(second: Scaled, first: Scaled) -> None:
+    for expert in (first, second):
+        expert._parameters["more"] = torch.ones(1)  # as code does that goes around ``register_parameter``
+
+
+def put_other_kind(second: Scaled, first: Scaled) -> None:
+    first.register_buffer("more", torch.ones(1))
+    second.register_buffer("more", nn.Parameter(torch.ones(1), requires_grad=False))
+
+
+def put_in_another_order(second: Scaled, first: Scaled) -> None:
+    second.w._parameters["weight"] = second.w._parameters.pop("weight")
+
+
+def buffer(make: Callable[[], Tensor]) -> Callable[[Scaled, Scaled], None]:
+    """Both get a buffer of their own."""
+
+    def put(second: Scaled, first: Scaled) -> None:
+        for expert in (first, second):
+            expert.register_buffer("more", make())
+
+    return put
+
+
+UNUSUAL = r"experts\[0\]\.more is sparse, quantised, or lazily conjugated or negated"
+
 NOT_ALIKE: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (list, "there are no experts"),
     "no module": (lambda: [Scaled(), print], r"experts\[1\] is no module but a builtin"),
@@ -1004,11 +1043,32 @@ NOT_ALIKE: dict[str, tuple[Callable[[], Any], str]] = {
         two(lambda second, first: second.add_module("more", nn.SiLU())),
         r"experts\[1\] is built in another way than experts\[0\]: experts\[1\]\.more is only in one of them",
     ),
+    "child under two names": (
+        two(lambda second, first: second.add_module("more", second.w)),
+        r"experts\[1\] is built in another way than experts\[0\]: experts\[1\]\.more is only in one of them",
+    ),
     "number": (two(lambda second, first: setattr(second, "scale", 2.0)), r"experts\[1\]\.scale is 2\.0 and not 0\.0"),
     "negative zero": (
         two(lambda second, first: setattr(second, "scale", -0.0)),
         r"experts\[1\]\.scale is -0\.0 and not 0\.0",
     ),
+    "type of a container": (
+        two(lambda second, first: setattr(second, "scale", (1,)), lambda: [1]),
+        r"experts\[1\]\.scale is a tuple and not a list",
+    ),
+    "keys of a dict": (
+        two(lambda second, first: setattr(second, "scale", {"b": 1}), lambda: {"a": 1}),
+        r"experts\[1\]\.scale holds an entry that is 'b' and not 'a'",
+    ),
+    "order of a dict": (
+        two(lambda second, first: setattr(second, "scale", {"b": 1, "a": 1}), lambda: {"a": 1, "b": 1}),
+        r"experts\[1\]\.scale holds an entry that is 'b' and not 'a'",
+    ),
+    "sign in a set": (
+        two(lambda second, first: setattr(second, "scale", {-0.0}), lambda: {0.0}),
+        r"experts\[1\]\.scale is another set",
+    ),
+    "set of equal objects": (attribute(lambda: {Equal()}), r"experts\[0\]\.scale is another set"),
     "type of a number": (two(lambda second, first: setattr(second, "scale", 0)), r"scale is 0 and not 0\.0"),
     "attribute": (two(lambda second, first: delattr(second, "scale")), "only one of them has scale"),
     "attribute inside": (
@@ -1051,6 +1111,18 @@ NOT_ALIKE: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (
         two(lambda second, first: second.register_buffer("more", torch.ones(2).to_sparse())),
         r"experts\[1\]\.more is sparse",
+    ),
+    "quantised": (
+        two(buffer(lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8))),
+        UNUSUAL,
+    ),
+    "conjugated": (two(buffer(lambda: torch.ones(2, dtype=torch.complex64).conj())), UNUSUAL),
+    "negated": (two(buffer(lambda: torch.ones(2, 1, dtype=torch.complex64).conj().imag)), UNUSUAL),
+    "plain parameter": (two(put_plain_parameter), r"experts\[0\]\.more is a Tensor and no plain tensor"),
+    "parameter as a buffer": (two(put_other_kind), r"experts\[1\]\.more is a Parameter, experts\[0\]\.more a Tensor"),
+    "order of parameters": (
+        two(put_in_another_order),
+        r"experts\[1\]\.w and experts\[0\]\.w have other parameters: in another order",
     ),
     "subclass": (two(put_subclass), r"experts\[0\]\.more is a Subclass and no plain tensor"),
     "lazy": (two(put_lazy), r"experts\[0\]\.more is a UninitializedParameter and no plain tensor"),
