@@ -1166,7 +1166,7 @@ NOT_ALIKE: dict[str, tuple[Callable[[], Any], str]] = {
 CONFIG_MODULE = nn.SiLU()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(("build", "reason"), NOT_ALIKE.values(), ids=NOT_ALIKE)
 def test_refusals(build: Callable[[], Any], reason: str) -> None:
     experts = build()
