@@ -50,6 +50,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from moe_rewrite import markers
 from moe_rewrite.nodes import rows_of, shares_memory
+from moe_rewrite.tree import is_module
 
 __all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
 
@@ -252,7 +253,7 @@ def module_value(variable: Any) -> nn.Module | None:
         value = variable.peek_value()
     else:
         value = variable.realize().value if _is_module(variable.realize()) else None
-    return value if isinstance(value, nn.Module) and getattr(variable, "source", None) is not None else None
+    return value if is_module(value) and getattr(variable, "source", None) is not None else None
 
 
 def is_nothing(variable: Any) -> bool:
@@ -269,13 +270,17 @@ def module_at(tx: Any, source: Any) -> nn.Module | None:
 
 
 def sourced_module(variable: Any) -> tuple[Any, nn.Module] | None:
-    """The source of a module, and the module; None for other variables. torch 2.11, 2.13, 2.15."""
-    return (variable.source, variable.value) if _is_module(variable) and variable.source is not None else None
+    """The source of a module, and the module; None for other variables, and for one that is not initialised.
+
+    torch 2.11, 2.13, 2.15.
+    """
+    found = _is_module(variable) and variable.source is not None and is_module(variable.value)
+    return (variable.source, variable.value) if found else None
 
 
 def is_like(variable: Any, cls: type[nn.Module], methods: tuple[str, ...]) -> bool:
     """Whether a variable stands for a module that has all of ``methods`` from ``cls``."""
-    if not _is_module(variable):
+    if not _is_module(variable) or not is_module(variable.value):
         return False
     own = type(variable.value)
     return all(getattr(own, name, None) is getattr(cls, name, None) for name in methods)

@@ -19,6 +19,7 @@ from moe_rewrite import packing
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.nodes import is_written_to
+from moe_rewrite.tree import REGISTERS
 
 _PICKING = {
     nn.ModuleList: ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index"),
@@ -47,13 +48,13 @@ class Places:
     @classmethod
     def of_attributes(cls, holder: nn.Module, names: Sequence[str]) -> Places:
         """Those of ``getattr(holder, name)``, up to a name that is not in the same register as the first."""
-        first = next((register for register in packing.REGISTERS if names[0] in vars(holder)[register]), "_modules")
+        first = next((register for register in REGISTERS if names[0] in vars(holder)[register]), "_modules")
         return cls(tuple(itertools.takewhile(vars(holder)[first].__contains__, names)), first, are_attributes=True)
 
     def experts(self, container: nn.Module) -> tuple[nn.Module, ...] | None:
         """What is there, each as a module; None where something is not there, or is not found."""
         if self.are_attributes:
-            registers = itertools.takewhile(lambda register: register != self.register, packing.REGISTERS)
+            registers = itertools.takewhile(lambda register: register != self.register, REGISTERS)
             before = (vars(container), *(vars(container)[register] for register in registers))
             if any(key in there for key in self.keys for there in before):
                 return None
@@ -66,7 +67,7 @@ class Places:
         attributes = dynamo_modules.changed_attributes(tx, container)
         if any(name in self.keys or name.startswith("_") for name in attributes):
             return True
-        registers = [vars(container)[register] for register in packing.REGISTERS]
+        registers = [vars(container)[register] for register in REGISTERS]
         return any(dynamo_modules.has_other_contents(tx, register, self.keys) for register in registers)
 
 

@@ -14,7 +14,7 @@ were, so optimisers, checkpoints and the eager model see nothing of it.
 
 from moe_rewrite.packing.alike import NotAlike, join, parts
 from moe_rewrite.packing.packs import Pack, pack, pack_of
-from moe_rewrite.packing.single import REGISTERS, TENSOR, singles
+from moe_rewrite.packing.single import TENSOR, singles
 from moe_rewrite.packing.structure import Structure
 
-__all__ = ["REGISTERS", "TENSOR", "NotAlike", "Pack", "Structure", "join", "pack", "pack_of", "parts", "singles"]
+__all__ = ["TENSOR", "NotAlike", "Pack", "Structure", "join", "pack", "pack_of", "parts", "singles"]
