@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from moe_rewrite.packing import NotAlike, pack
 from moe_rewrite.tree import is_module, named_modules
 
-
 E, HIDDEN = 4, 6
 
 
