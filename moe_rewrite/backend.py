@@ -84,6 +84,8 @@ def moe_rewrite(
         capture.tell_of_unrolled(gm)
     if capture is not None and capture.widened and not refused and _has_unknown_sizes_of_its_own(gm):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
+    if capture is not None and reports:
+        capture.guard_on_code()
     session.rewritten(reports)
     return compile_inner(gm, example_inputs, parsed)
 

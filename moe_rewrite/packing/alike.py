@@ -72,6 +72,15 @@ def anatomies(experts: Sequence[nn.Module]) -> list[Anatomy]:
     return found
 
 
+def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of an expert, by their path from it: as they are registered, whatever its class has.
+
+    Raises:
+        NotAlike: they are none that could be packed.
+    """
+    return _dissect(expert, "the expert").tensors
+
+
 def join(*path: str) -> str:
     return ".".join(part for part in path if part)
 
@@ -199,10 +208,10 @@ def _dissect(expert: nn.Module, place: str) -> Anatomy:
 
 
 def _check_module(module: nn.Module, place: str) -> None:
-    if not is_module(module):
-        raise NotAlike(f"{place} is not initialised: nn.Module.__init__ has not run")
     if isinstance(module, torch.jit.ScriptModule):
         raise NotAlike(f"{place} is a ScriptModule")
+    if not is_module(module):
+        raise NotAlike(f"{place} is not initialised: nn.Module.__init__ has not run")
     if nn.utils.parametrize.is_parametrized(module):
         raise NotAlike(f"{place} has parametrizations")
     for hooks in CALL_HOOKS:
