@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-from moe_rewrite.config import ExpertsMapping, Options
+from moe_rewrite.config import ExpertsMapping, Options, config_of
 from moe_rewrite.inner import compile_inner
 from moe_rewrite.loop import Refusal
 from moe_rewrite.lower import EAGER, InnerCompiler
@@ -20,6 +20,7 @@ from moe_rewrite.nodes import has_unknown_size
 from moe_rewrite.recognise.erase import erase_unused
 from moe_rewrite.report import LoopReport, log_reports
 from moe_rewrite.rewrite import LoopRefused, carry_out, make_plans
+from moe_rewrite.tree import is_module, named_modules
 
 TESTED_TORCH = ("2.11", "2.15")
 """The range of torch versions that the tests were run with."""
@@ -84,6 +85,8 @@ def moe_rewrite(
         capture.tell_of_unrolled(gm)
     if capture is not None and capture.widened and not refused and _has_unknown_sizes_of_its_own(gm):
         capture.restart_as_stock([Refusal(session.base_path, "", "the graph holds data-dependent shapes of its own")])
+    if capture is not None and reports:
+        capture.guard_on_code()
     session.rewritten(reports)
     return compile_inner(gm, example_inputs, parsed)
 
@@ -147,7 +150,7 @@ class Session:
         if self.root is None or self.module is None or self.explains:
             return self.explains
         own = self.mapping.below(self.base_path)
-        alike = ((path, other) for path, other in self.root.named_modules() if type(other) is type(self.module))
+        alike = ((path, other) for path, other in named_modules(self.root) if type(other) is type(self.module))
         return any(self.mapping.below(path) != own for path, _ in alike)
 
     def refused(self, reports: list[LoopReport]) -> None:
@@ -169,7 +172,7 @@ class Session:
 
     def _warn_of_unmatched_prefixes(self, reports: list[LoopReport]) -> None:
         assert self.root is not None
-        unmatched = self.mapping.unmatched(path for path, _ in self.root.named_modules())
+        unmatched = self.mapping.unmatched(path for path, _ in named_modules(self.root))
         for prefix in unmatched:
             if prefix not in self.memory.warned:
                 self.memory.warned.add(prefix)
@@ -193,11 +196,10 @@ class Session:
 
 def other_implementation(model: nn.Module | None) -> str | None:
     """What to tell the user of a model that computes its experts by an implementation of transformers' own."""
-    config = getattr(model, "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen in (None, "eager") or not hasattr(model, "set_experts_implementation"):
+    chosen = getattr(config_of(model), "_experts_implementation", None)
+    if model is None or chosen in (None, "eager") or not hasattr(model, "set_experts_implementation"):
         return None
-    if not any("experts" in type(module).__name__.lower() for module in model.modules()):  # type: ignore[union-attr]
+    if not any("experts" in type(module).__name__.lower() for _, module in named_modules(model)):
         return None
     return (
         f"{type(model).__name__} computes its experts by transformers' own {chosen!r} implementation, so there is no "
@@ -245,7 +247,7 @@ class Memory:
         if module is None:
             return (roots[0] if roots else None), ""
         for root in roots:
-            for path, sub_module in root.named_modules():
+            for path, sub_module in named_modules(root):
                 if sub_module is module:
                     return root, path
         self.roots.append(weakref.ref(module))
@@ -280,9 +282,12 @@ def start_session(wrapper: Any) -> Session:
     return session
 
 
-def _module_among(arguments: Mapping[str, object]) -> tuple[str, nn.Module | None]:
-    """The module that a frame is of, and the argument that it is: ``self``, or the only module that a function gets."""
-    modules = {name: value for name, value in arguments.items() if isinstance(value, nn.Module)}
+def _module_among(arguments: Mapping[str, Any]) -> tuple[str, nn.Module | None]:
+    """The module that a frame is of, and the argument that it is: ``self``, or the only module that a function gets.
+
+    One that is not initialised yet (the frame may be its own ``__init__``) is none.
+    """
+    modules = {name: value for name, value in arguments.items() if is_module(value)}
     if "self" in modules:
         return "self", modules["self"]
     return next(iter(modules.items())) if len({id(module) for module in modules.values()}) == 1 else ("", None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_rewrite import lower
 from moe_rewrite.errors import OptionsError
+from moe_rewrite.tree import named_modules
 
 OWN_OPTIONS = ("experts", "inner", "mode", "pack")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -77,18 +78,25 @@ class ExpertsMapping:
         transformers models have a config, and multi-modal ones sub-configs of it: ``{"text_config": "grouped_mm"}``
         speaks of the modules whose own ``config`` is ``model.config.text_config``.
         """
-        config = getattr(module, "config", None)
+        config = config_of(module)
         entries: list[tuple[str, str]] = []
         for prefix, name in self.entries:
             sub_config = getattr(config, prefix, None) if prefix and "." not in prefix else None
             is_sub_config = sub_config is not None and not hasattr(module, prefix)
-            paths = (
-                _topmost(p for p, m in module.named_modules() if getattr(m, "config", None) is sub_config)
-                if is_sub_config
-                else []
-            )
+            paths = _topmost(p for p, m in named_modules(module) if config_of(m) is sub_config) if is_sub_config else []
             entries += [(path, name) for path in paths] or [(prefix, name)]
         return ExpertsMapping(tuple(entries))
+
+
+def config_of(module: Any) -> Any:
+    """The config that a transformers model has; None where there is none, or the module's own code fails.
+
+    A module that is only half built may have a ``__getattr__`` that needs what is not there yet.
+    """
+    try:
+        return getattr(module, "config", None)
+    except Exception:
+        return None
 
 
 def is_prefix(prefix: str, path: str) -> bool:

@@ -30,7 +30,12 @@ from torch._dynamo.exc import (
     raise_observed_exception,
     unimplemented,
 )
-from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.symbolic_convert import (
+    InliningInstructionTranslator,
+    InstructionTranslator,
+    InstructionTranslatorBase,
+)
 from torch._dynamo.variables import (
     ConstantVariable,
     ConstDictVariable,
@@ -179,6 +184,16 @@ def module_stack_path(tx: Any) -> str:
 def stop_iteration(tx: Any) -> NoReturn:
     raise_observed_exception(StopIteration, tx)
     raise AssertionError("unreachable")
+
+
+def raise_attribute_error(tx: Any, value: Any, name: str) -> None:
+    """``value`` has no attribute ``name``, in the traced code.
+
+    torch 2.13. In 2.11 ``getattr`` with a default does not know of such an error: there nothing is raised.
+    """
+    if getattr_method()[0] is not BuiltinVariable:
+        what = f"{type(value).__name__!r} object has no attribute {name!r}"
+        raise_observed_exception(AttributeError, tx, args=[what])
 
 
 def graph_break(reason: str, explanation: str, hints: list[str]) -> NoReturn:
@@ -488,6 +503,28 @@ def getattr_method() -> tuple[type, str]:
     """
     own = getattr(torch._dynamo.variables.builtin, "GetAttrBuiltinVariable", None)
     return (BuiltinVariable, "call_getattr") if own is None else (own, "call_function")
+
+
+def on_inline(hook: Callable[..., Any]) -> None:
+    """Have ``hook(original, tx, function, args, ...)`` called for each Python function that is inlined.
+
+    torch 2.11, 2.13.
+    """
+    wrap_method(InliningInstructionTranslator, "build_inline_tracer", hook)
+
+
+def on_attribute_set(hook: Callable[..., Any]) -> None:
+    """Have ``hook(original, effects, variable, name, ...)`` called where the traced code sets an attribute.
+
+    ``effects`` are those of the graph's output. torch 2.11, 2.13.
+    """
+    wrap_method(SideEffects, "store_attr", hook)
+
+
+def python_function(variable: Any) -> types.FunctionType | None:
+    """The function that a variable stands for; None for one that the traced code itself has made. torch 2.11, 2.13."""
+    found = getattr(getattr(variable, "vt", variable), "fn", None)  # of a generator function it is one deeper
+    return found if type(found) is types.FunctionType else None
 
 
 def forget_handlers() -> None:

@@ -17,6 +17,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from moe_rewrite.capture.dynamo import wrap_method
+from moe_rewrite.tree import is_module
 
 
 def compiler_wrapper(compiler_fn: Any) -> Any:
@@ -84,7 +85,7 @@ def compiled_module(wrapper: Any) -> torch.nn.Module | None:
                 fn = variables.get("fn")
                 wrapped = getattr(fn, "__wrapped__", None)  # where Dynamo put a frame of its own around it
                 owners = (getattr(fn, "__self__", None), wrapped, getattr(wrapped, "__self__", None))
-                return next((owner for owner in owners if isinstance(owner, torch.nn.Module)), None)
+                return next((owner for owner in owners if is_module(owner)), None)
         frame = frame.f_back
     return None
 

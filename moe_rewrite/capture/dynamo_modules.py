@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.bytecode_transformation import create_call_function
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.polyfills import builtins as builtins_polyfill
-from torch._dynamo.source import GenericAttrSource, GlobalSource
+from torch._dynamo.source import AttrSource, GenericAttrSource, GlobalSource, GlobalStateSource
 from torch._dynamo.variables import (
     ConstantVariable,
     ConstDictVariable,
@@ -26,6 +26,8 @@ from torch._dynamo.variables import (
     TensorVariable,
     TupleVariable,
     UnspecializedNNModuleVariable,
+    UserDefinedClassVariable,
+    UserDefinedObjectVariable,
 )
 from torch._dynamo.variables.base import (
     AttributeMutationExisting,
@@ -50,6 +52,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from moe_rewrite import markers
 from moe_rewrite.memory import rows_of, shares_memory
+from moe_rewrite.tree import is_module
 
 __all__ = ["SymNodeVariable", "TensorVariable", "UnspecializedNNModuleVariable"]
 
@@ -252,7 +255,7 @@ def module_value(variable: Any) -> nn.Module | None:
         value = variable.peek_value()
     else:
         value = variable.realize().value if _is_module(variable.realize()) else None
-    return value if isinstance(value, nn.Module) and getattr(variable, "source", None) is not None else None
+    return value if is_module(value) and getattr(variable, "source", None) is not None else None
 
 
 def is_nothing(variable: Any) -> bool:
@@ -269,13 +272,17 @@ def module_at(tx: Any, source: Any) -> nn.Module | None:
 
 
 def sourced_module(variable: Any) -> tuple[Any, nn.Module] | None:
-    """The source of a module, and the module; None for other variables. torch 2.11, 2.13, 2.15."""
-    return (variable.source, variable.value) if _is_module(variable) and variable.source is not None else None
+    """The source of a module, and the module; None for other variables, and for one that is not initialised.
+
+    torch 2.11, 2.13, 2.15.
+    """
+    found = _is_module(variable) and variable.source is not None and is_module(variable.value)
+    return (variable.source, variable.value) if found else None
 
 
 def is_like(variable: Any, cls: type[nn.Module], methods: tuple[str, ...]) -> bool:
     """Whether a variable stands for a module that has all of ``methods`` from ``cls``."""
-    if not _is_module(variable):
+    if not _is_module(variable) or not is_module(variable.value):
         return False
     own = type(variable.value)
     return all(getattr(own, name, None) is getattr(cls, name, None) for name in methods)
@@ -317,6 +324,59 @@ def guard_on(source: Any, holds: Callable[[Any], bool], what: str) -> None:
     install_guard(guard_of(source, holds, [f"moe_rewrite: {what}"]))
     by_another_way = GenericAttrSource(source, "training")
     install_guard(guard_of(by_another_way, lambda _: True, [f"moe_rewrite: look at {what} at each call"]))
+
+
+def guard_always(holds: Callable[[Any], bool], what: str) -> None:
+    """Trace again once ``holds`` is false: a guard on nothing that the frame was given. torch 2.11, 2.13."""
+
+    def build(builder: GuardBuilder, guard: Guard) -> None:
+        code = [f"moe_rewrite: {what}"]
+        guard.set_export_info("LAMBDA_GUARD", None, code, None)
+        builder.guard_manager.root.add_lambda_guard(holds, code, guard.user_stack)
+
+    install_guard(Guard(GlobalStateSource(), build))
+
+
+def guard_on_hooks(tx: Any, called: Iterable[Any]) -> None:
+    """Trace again once one of the modules that were called, without hooks, has some. They are given by their sources.
+
+    Dynamo makes such guards for every module and leaves them all out (``skip_nnmodule_hook_guards``). torch 2.11, 2.13.
+    """
+    sources = set(called)
+    for guard in list(tx.output.guards):
+        source = guard.originating_source
+        if guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT and getattr(source, "base", None) in sources:
+            install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+
+
+def source_of_module(variable: Any) -> Any:
+    """Where the traced code has found a module that is no template; None for other variables. torch 2.11, 2.13."""
+    found = sourced_module(variable.realize()) if is_realized(variable) else None
+    return None if found is None or is_of_template(variable) else found[0]
+
+
+def is_realized(variable: Any) -> bool:
+    return not isinstance(variable, LazyVariableTracker) or variable.is_realized()
+
+
+def classes_used(tx: Any) -> Iterable[type]:
+    """The classes of all objects that the traced code has come to by now. torch 2.11, 2.13."""
+    return classes_of(tx.output.side_effects.id_to_variable.values())
+
+
+def classes_of(variables: Iterable[Any]) -> Iterable[type]:
+    """The classes of those variables that stand for objects of classes, and the classes that others stand for.
+
+    None of them is traced for that. torch 2.11, 2.13.
+    """
+    for variable in variables:
+        if not is_realized(variable):
+            continue
+        variable = variable.realize()
+        if isinstance(variable, UserDefinedObjectVariable):
+            yield type(variable.value)
+        elif isinstance(variable, UserDefinedClassVariable) and isinstance(variable.value, type):
+            yield variable.value
 
 
 def global_variable(tx: Any, prefix: str, value: Any) -> Any:
@@ -394,6 +454,55 @@ def stand_in(tx: Any, value: torch.Tensor, variable: Any) -> None:
     variable.as_proxy().node.meta.setdefault("tensor_dict", {})  # where Dynamo notes things about a parameter
     effects.id_to_variable[id(value)] = variable
     effects.keepalive.append(value)
+
+
+def attribute_of(tx: Any, tensor: torch.Tensor, name: str) -> Any:
+    """The variable of what was set on a tensor of a template. torch 2.11, 2.13."""
+    source = GlobalSource(_global_name(tx.output, "moe_rewrite_parameter", tensor))
+    return VariableTracker.build(tx, vars(tensor)[name], AttrSource(source, name)).realize()
+
+
+def unchanged_by_calls(variable: Any) -> tuple[torch.fx.Node, bool]:
+    """The node of a tensor, behind calls that may have returned their tensor itself; and whether they all have.
+
+    They do where there is nothing to do. torch 2.11, 2.13.
+    """
+    node, is_itself = variable.as_proxy().node, True
+    while node.op == "call_method" and node.target in _RETURN_THEMSELVES:
+        made, given = (n.meta["example_value"] for n in (node, node.args[0]))
+        if (made.dtype, made.device) != (given.dtype, given.device):
+            break
+        # `copy=True`, or another memory format
+        is_itself = is_itself and not node.kwargs and len(node.args) <= 2 and given.is_contiguous()
+        node = node.args[0]
+    return node, is_itself
+
+
+_RETURN_THEMSELVES = frozenset(
+    (
+        *("to", "type", "type_as", "contiguous", "cpu", "cuda", "xpu", "resolve_conj", "resolve_neg", "positive"),
+        *("float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool"),
+        *("cfloat", "cdouble", "chalf"),
+    )
+)
+"""Methods of a tensor that may return it."""
+
+
+def is_same_value(variable: Any, node: torch.fx.Node) -> bool:
+    """Whether a variable is a node's value. torch 2.11, 2.13."""
+    return variable.as_proxy().node is node
+
+
+def lies_in_what_requires_grad(variable: Any) -> bool:
+    """Whether a tensor is a part of what an index has picked from something that requires a gradient.
+
+    In eager it is a view of that, and says of itself what that says, also where gradients are switched off.
+    torch 2.11, 2.13.
+    """
+    node = variable.as_proxy().node
+    picked = (other for other in node.graph.nodes if other.target in (markers.select, markers.select_shifted))
+    asked = (other for other in picked if other.args[0].meta["example_value"].requires_grad)
+    return any(other is node or shares_memory(other, node) for other in asked)
 
 
 def end_stand_in(tx: Any, value: torch.Tensor) -> None:
@@ -547,10 +656,15 @@ def is_iterator(variable: Any) -> bool:
     return isinstance(variable, (IteratorVariable, LocalGeneratorObjectVariable))
 
 
+def is_of_parameter(variable: Any) -> bool:
+    """Whether a variable is a tensor that is traced in the place of many parameters."""
+    return bool(getattr(variable, "moe_rewrite_stands_in", False))
+
+
 def is_of_template(variable: Any) -> bool:
     """Whether a variable is a module or a parameter that is traced in the place of many. torch 2.11, 2.13, 2.15."""
     variable = variable.realize() if isinstance(variable, VariableTracker) else None
-    if getattr(variable, "moe_rewrite_stands_in", False):
+    if is_of_parameter(variable):
         return True
     return _is_module(variable) and TEMPLATE in source_name(variable)
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import fx
 
 from moe_rewrite.capture import dynamo, dynamo_calls, dynamo_modules
+from moe_rewrite.capture.code import CodeWatch
 from moe_rewrite.capture.modules import ExpertModules, Places, TableInput, Tables
 from moe_rewrite.capture.rolled import RolledIterator
 from moe_rewrite.loop import Refusal
@@ -42,6 +43,10 @@ class FrameCapture:
         tables: the tables of parameters that the graph reads, by the ids of their tensors.
         containers: the tables of the experts in a container, by its source and their places in it.
         templates: how many templates of each pack were traced, by its id.
+        functions: the functions that Dynamo has inlined.
+        classes: the classes of what they were called on.
+        called: the sources of the modules that were called, by the translator of the function that calls them.
+        loop_in: the translators of the functions that have a loop.
         unsaid: why loops of known length are not rolled, each with the lines of its body: it need not be over experts.
     """
 
@@ -57,7 +62,27 @@ class FrameCapture:
     tables: dict[int, TableInput] = dataclasses.field(default_factory=dict)
     containers: dict[tuple[Any, Places], Tables] = dataclasses.field(default_factory=dict)
     templates: dict[int, int] = dataclasses.field(default_factory=dict)
+    functions: dict[Any, None] = dataclasses.field(default_factory=dict)
+    classes: dict[type, None] = dataclasses.field(default_factory=dict)
+    called: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
+    loop_in: dict[Any, None] = dataclasses.field(default_factory=dict)
     unsaid: list[tuple[Refusal, frozenset[str]]] = dataclasses.field(default_factory=list)
+
+    def has_rolled(self, tx: Any, loop: RolledIterator) -> None:
+        """Note that ``loop`` stands in the function that ``tx`` traces."""
+        self.rolled[loop.module_path, loop.location] = loop
+        self.loop_in[tx] = None
+
+    def inlines(self, tx: Any, function: Any, args: list[Any]) -> None:
+        """Note that ``tx`` calls a Python function, which Dynamo is about to trace."""
+        found = dynamo.python_function(function)
+        if found is not None:
+            self.functions[found] = None
+        if args:
+            self.classes.update(dict.fromkeys(dynamo_modules.classes_of(args[:1])))
+            source = dynamo_modules.source_of_module(args[0])
+            if source is not None:
+                self.called.setdefault(tx, []).append(source)
 
     def refusal_of(self, path: str, location: str) -> Refusal | None:
         """Why the loop of the module at ``path`` was refused; None where it was not."""
@@ -134,6 +159,19 @@ class FrameCapture:
     def rolls(self) -> bool:
         """Whether loops are rolled in this frame."""
         return not self.refusals or bool(self.tx.one_graph)
+
+    def guard_on_code(self) -> None:
+        """Trace again once the code that was traced is no longer what Python would run, for a frame with a loop in it.
+
+        Stock Dynamo gives up a function with such a loop. Python then calls what it calls, modules with their hooks,
+        and those are frames of their own.
+        """
+        if dynamo_calls.is_exported(self.tx):
+            return
+        classes = [*self.classes, *dynamo_modules.classes_used(self.tx)]
+        watch = CodeWatch(classes, self.functions, self.tx.f_code)
+        dynamo_modules.guard_always(lambda _: watch.unchanged(), "the code that was traced")
+        dynamo_modules.guard_on_hooks(self.tx, (source for tx in self.loop_in for source in self.called.get(tx, ())))
 
     def next_template(self, pack: Any) -> int:
         """The number of the first template of ``pack`` that was not traced in this frame yet."""

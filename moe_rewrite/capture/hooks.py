@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from moe_rewrite.capture import dynamo, dynamo_code, dynamo_modules, static
 from moe_rewrite.capture.frames import FrameCapture, current, report_refused
 from moe_rewrite.capture.index import ExpertIndexVariable, subscript, truth
 from moe_rewrite.capture.lists import CollectingList, CountOfPieces, concatenated, rows_of_all
-from moe_rewrite.capture.modules import pick, pick_attribute
+from moe_rewrite.capture.modules import parameter_attribute, pick, pick_attribute, standing_for
 from moe_rewrite.capture.numbers import (
     NumbersOfTensor,
     PositionsAsList,
@@ -63,6 +65,8 @@ def install() -> None:
     dynamo.wrap_opcodes(lambda opcode: opcode == "BINARY_SUBSCR", _subscript)
     dynamo.wrap_opcodes(lambda opcode: opcode == "STORE_SUBSCR", _store_subscript)
     dynamo.wrap_method(dynamo_modules.UnspecializedNNModuleVariable, *_pick_module())
+    dynamo.on_inline(_inline)
+    dynamo.on_attribute_set(_set_attribute)
     for iterator in dynamo.iterators():
         dynamo.wrap_method(iterator, "__init__", _make_iterator)
         dynamo.wrap_method(iterator, dynamo.NEXT_METHOD, _advance_iterator)
@@ -169,7 +173,7 @@ def _over_hits(tx: Any, capture: FrameCapture, hits: Any, item: Any = None) -> R
     path, location = capture.session.full_path(module_path(node)), dynamo.user_location(tx)
     report_refused(capture, path, location)
     loop = RolledIterator(hits, range(example_value(mask).shape[0]), capture, path, location, item)
-    capture.rolled[path, location] = loop
+    capture.has_rolled(tx, loop)
     if capture.session.leaves_alone(path):
         loop.refuse("experts backend 'eager' is configured for it")
     if not dynamo_code.is_get_iter(tx):
@@ -415,11 +419,25 @@ def _look_up(original: Callable[..., Any], table: Any, tx: Any, name: str, args:
 
 
 def _get_attribute(original: Callable[..., Any], tensor: Any, tx: Any, name: str) -> Any:
-    """``weight.grad``, ``weight.is_leaf`` in a body."""
-    capture = _tracing(tx.output) if name in _OF_AUTOGRAD else None
-    if capture is not None:
+    """``weight.grad``, ``weight.is_leaf``, ``weight.scale`` in a body."""
+    capture = _tracing(tx.output)
+    if capture is None:
+        return original(tensor, tx, name)
+    if name in _OF_AUTOGRAD:
         capture.loops[-1].refuse(f"the body asks for a gradient, or what autograd knows (`{name}`)", tx)
-    return original(tensor, tx, name)
+    found = parameter_attribute(tx, capture.loops[-1], tensor, name)
+    return original(tensor, tx, name) if found is None else found
+
+
+def _set_attribute(
+    original: Callable[..., Any], effects: Any, variable: Any, name: str, *others: Any, **named: Any
+) -> Any:
+    """``weight.seen = True`` in a body."""
+    if dynamo_modules.is_of_parameter(variable):
+        capture = current()
+        if capture is not None and capture.loops and capture.tx.output.side_effects is effects:
+            capture.loops[-1].refuse(f"the body sets the attribute `{name}` of an expert's parameter", capture.tx)
+    return original(effects, variable, name, *others, **named)
 
 
 _OF_AUTOGRAD = ("grad", "_grad", "grad_fn", "is_leaf", "retains_grad", "_base", "_version")
@@ -439,8 +457,16 @@ def _get_attribute_by_name(original: Callable[..., Any], builtin: Any, tx: Any, 
 def _requires_grad(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
     """``weight.requires_grad`` in a body: not the same for all experts where some are frozen."""
     capture = _tracing(tx.output)
-    if capture is not None and capture.loops[-1].has_frozen_experts:
-        capture.loops[-1].refuse("the body asks what requires a gradient, and that differs between experts", tx)
+    if capture is None:
+        return original(tensor, tx)
+    loop = capture.loops[-1]
+    if loop.has_frozen_experts:
+        loop.refuse("the body asks what requires a gradient, and that differs between experts", tx)
+    found = standing_for(loop, tensor)
+    if found is not None and found[2]:
+        return dynamo.constant(tx, found[1].requires_grad)
+    if not torch.is_grad_enabled() and dynamo_modules.lies_in_what_requires_grad(tensor):
+        loop.refuse("the body asks what requires a gradient, of a part of a parameter and under `no_grad`", tx)
     return original(tensor, tx)
 
 
@@ -473,6 +499,14 @@ def _pick_module() -> tuple[str, Callable[..., Any]]:
     if hasattr(dynamo_modules.UnspecializedNNModuleVariable, "mp_subscript_impl"):
         return "mp_subscript_impl", subscript
     return "call_method", call_method
+
+
+def _inline(original: Callable[..., Any], tx: Any, function: Any, args: Any, *others: Any, **named: Any) -> Any:
+    """A call of a Python function: note what is traced, as Dynamo does not guard on the code of methods."""
+    capture = current()
+    if capture is not None and capture.tx.output is tx.output:
+        capture.inlines(tx, function, list(args))
+    return original(tx, function, args, *others, **named)
 
 
 def _make_iterator(original: Callable[..., Any], iterator: Any, *args: Any, **kwargs: Any) -> None:
@@ -528,5 +562,5 @@ def roll(tx: Any, capture: FrameCapture, iterator: Any) -> RolledIterator | None
     hits = dynamo_modules.arange(tx, values.stop)
     lists, lines = static.lists(tx), dynamo_code.loop_lines(tx)
     loop = RolledIterator(hits, values, capture, path, location, found.at_index, site, carries, lists, lines)
-    capture.rolled[path, location] = loop
+    capture.has_rolled(tx, loop)
     return loop

@@ -7,6 +7,7 @@ of the modules, whose parameters are ``moe_rewrite.select(table, 0, index)``.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, cast
@@ -19,6 +20,7 @@ from moe_rewrite import packing
 from moe_rewrite.capture import dynamo, dynamo_modules
 from moe_rewrite.errors import MoeRewriteError
 from moe_rewrite.memory import is_written_to
+from moe_rewrite.tree import REGISTERS
 
 _PICKING = {
     nn.ModuleList: ("__getitem__", "__getattr__", "__len__", "_get_abs_string_index"),
@@ -47,13 +49,13 @@ class Places:
     @classmethod
     def of_attributes(cls, holder: nn.Module, names: Sequence[str]) -> Places:
         """Those of ``getattr(holder, name)``, up to a name that is not in the same register as the first."""
-        first = next((register for register in packing.REGISTERS if names[0] in vars(holder)[register]), "_modules")
+        first = next((register for register in REGISTERS if names[0] in vars(holder)[register]), "_modules")
         return cls(tuple(itertools.takewhile(vars(holder)[first].__contains__, names)), first, are_attributes=True)
 
     def experts(self, container: nn.Module) -> tuple[nn.Module, ...] | None:
         """What is there, each as a module; None where something is not there, or is not found."""
         if self.are_attributes:
-            registers = itertools.takewhile(lambda register: register != self.register, packing.REGISTERS)
+            registers = itertools.takewhile(lambda register: register != self.register, REGISTERS)
             before = (vars(container), *(vars(container)[register] for register in registers))
             if any(key in there for key in self.keys for there in before):
                 return None
@@ -66,7 +68,7 @@ class Places:
         attributes = dynamo_modules.changed_attributes(tx, container)
         if any(name in self.keys or name.startswith("_") for name in attributes):
             return True
-        registers = [vars(container)[register] for register in packing.REGISTERS]
+        registers = [vars(container)[register] for register in REGISTERS]
         return any(dynamo_modules.has_other_contents(tx, register, self.keys) for register in registers)
 
 
@@ -244,6 +246,7 @@ class Tables:
         self._places = experts.places
         self._all_keys: tuple[str, ...] | None = None  # of all that is in the container, as the guard first saw it
         self._structure = pack.structure
+        self._asked: dict[tuple[str, str], Any] = {}
         self._only: packing.Pack | None = None
         # Once a table is read, the next call has to ask again.
         self._served: MutableMapping[nn.Module, tuple[packing.Pack, set[str]]] = WeakIdKeyDictionary()
@@ -259,7 +262,7 @@ class Tables:
             return False
         pack = packing.pack_of(experts, self._structure)
         is_other = pack is not self.pack and (self._all_keys is None or self._only is not None)
-        if pack is None or is_other:
+        if pack is None or is_other or not pack.has_attributes(self._asked):
             return False
         self._all_keys = all_keys
         self._served[container] = pack, set()
@@ -268,6 +271,10 @@ class Tables:
     def serve_no_other(self) -> None:
         """Serve the experts that were traced alone: the traced code finds them in another place, too."""
         self._only = self.pack
+
+    def asked(self, name: str, attribute: str, value: Any) -> None:
+        """Serve only experts whose tensors called ``name`` have an attribute of this value, or no such attribute."""
+        self._asked[name, attribute] = value
 
     def _read(self, container: nn.Module, name: str) -> Tensor:
         """``[E, ...]``: what a call of the compiled code gets for the table of ``name``.
@@ -294,13 +301,15 @@ class Template:
 
     Attributes:
         module: the template.
-        tensors: its parameters and buffers.
+        given: where the tables of its parameters and buffers come from.
+        tensors: its parameters and buffers, by their path.
         selected: the variables that stand for them.
         is_mixed: whether some of the experts' parameters require a gradient where others' do not.
     """
 
     module: nn.Module
-    tensors: tuple[Any, ...]
+    given: Tables
+    tensors: dict[str, Tensor]
     selected: tuple[Any, ...]
     is_mixed: bool
 
@@ -308,21 +317,100 @@ class Template:
     def start(
         cls, tx: Any, loop: Any, given: Tables, template: nn.Module, modules: Sequence[nn.Module], offset: int
     ) -> Template:
-        tensors, variables = [], []
+        tensors, variables = packing.tensors_of(template), []
         for name in given.pack.names:
             table = loop.frame.table(tx, given, name)
-            module_name, _, tensor_name = name.rpartition(".")
-            tensor = getattr(template.get_submodule(module_name), tensor_name)
             selected = loop.select(tx, table, 0, offset)
-            dynamo_modules.stand_in(tx, tensor, selected)
-            tensors.append(tensor)
+            dynamo_modules.stand_in(tx, tensors[name], selected)
             variables.append(selected)
         asked = {tuple(parameter.requires_grad for parameter in module.parameters()) for module in modules}
-        return cls(template, tuple(tensors), tuple(variables), len(asked) > 1)
+        return cls(template, given, tensors, tuple(variables), len(asked) > 1)
 
     def end(self, tx: Any) -> None:
-        for tensor in self.tensors:
+        for tensor in self.tensors.values():
             dynamo_modules.end_stand_in(tx, tensor)
+
+    def attribute(self, tx: Any, loop: Any, tensor: Tensor, attribute: str) -> Any:
+        """What the body gets for ``tensor.attribute``, of one of :attr:`tensors`.
+
+        None where the row of a table that stands for it has the same.
+        """
+        name = next(name for name, known in self.tensors.items() if known is tensor)
+        cls = nn.Parameter if isinstance(tensor, nn.Parameter) else Tensor
+        of_class, own = inspect.getattr_static(cls, attribute, packing.ABSENT), packing.tensor_attributes(tensor)
+        comes_first = hasattr(type(of_class), "__set__")  # before what is in the tensor's `__dict__`
+        if attribute in _OF_OBJECTS or (comes_first and attribute not in _OF_ROWS):
+            loop.refuse(f"the body asks for `{attribute}` of an expert's parameter, and has a row of a table", tx)
+        if comes_first:
+            return None
+        if attribute in own:
+            self.given.asked(name, attribute, own[attribute])
+            return dynamo_modules.attribute_of(tx, tensor, attribute)
+        elif of_class is packing.ABSENT:
+            self.given.asked(name, attribute, packing.ABSENT)
+            dynamo.raise_attribute_error(tx, tensor, attribute)
+        return None
+
+
+_OF_ROWS = frozenset(
+    (
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "name", "__class__", "requires_grad"),
+        *("data", "real", "imag", "T", "H", "mT", "mH"),
+        *("is_cpu", "is_cuda", "is_hpu", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia", "is_vulkan", "is_xla"),
+        *("is_xpu", "is_mkldnn", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr"),
+    )
+)
+"""Attributes that a row of a table has as the parameter that it stands for has them."""
+
+_OF_OBJECTS = frozenset(
+    (
+        *("__dict__", "__dir__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__getattribute__", "__setstate__"),
+        *(
+            "data_ptr",
+            "storage",
+            "untyped_storage",
+            "_typed_storage",
+            "storage_offset",
+            "is_set_to",
+            "set_",
+            "_is_view",
+        ),
+        *("is_shared", "share_memory_", "is_pinned", "is_inference", "requires_grad_", "retain_grad", "backward"),
+        *("register_hook", "register_post_accumulate_grad_hook", "_make_subclass"),
+    )
+)
+"""Methods that do something to a parameter itself, or tell something of it and not of its values."""
+
+
+def parameter_attribute(tx: Any, loop: Any, variable: Any, attribute: str) -> Any:
+    """``variable.attribute`` in a body; None where it is to be traced as it is.
+
+    A parameter is a Python object, on which anything may have been set. What stands for it was computed.
+    """
+    found = standing_for(loop, variable)
+    if found is None:
+        return None
+    template, tensor, is_itself = found
+    value = template.attribute(tx, loop, tensor, attribute)
+    if value is not None and not is_itself:
+        loop.refuse(f"the body asks for `{attribute}` of what may be an expert's parameter itself", tx)
+    return value
+
+
+def standing_for(loop: Any, variable: Any) -> tuple[Template, Tensor, bool] | None:
+    """The template, and the tensor of it, that a variable stands for; None for others.
+
+    With it comes whether it is that tensor for sure. Some methods (``weight.to(x.dtype)``) return a tensor itself where
+    there is nothing to do.
+    """
+    if loop.path is None:
+        return None
+    root, is_itself = dynamo_modules.unchanged_by_calls(variable)
+    for template in loop.path.templates.values():
+        for tensor, selected in zip(template.tensors.values(), template.selected, strict=True):
+            if dynamo_modules.is_same_value(selected, root):
+                return template, tensor, is_itself
+    return None
 
 
 def pick_attribute(tx: Any, loop: Any, holder: Any, name: Any) -> Any:

@@ -12,9 +12,22 @@ were, so optimisers, checkpoints and the eager model see nothing of it.
 * ``packs.py``: all of these together, and the packs that there are.
 """
 
-from moe_rewrite.packing.alike import NotAlike, join, parts
-from moe_rewrite.packing.packs import Pack, pack, pack_of
-from moe_rewrite.packing.single import REGISTERS, TENSOR, singles
+from moe_rewrite.packing.alike import NotAlike, join, parts, tensor_attributes, tensors_of
+from moe_rewrite.packing.packs import ABSENT, Pack, pack, pack_of
+from moe_rewrite.packing.single import TENSOR, singles
 from moe_rewrite.packing.structure import Structure
 
-__all__ = ["REGISTERS", "TENSOR", "NotAlike", "Pack", "Structure", "join", "pack", "pack_of", "parts", "singles"]
+__all__ = [
+    "ABSENT",
+    "TENSOR",
+    "NotAlike",
+    "Pack",
+    "Structure",
+    "join",
+    "pack",
+    "pack_of",
+    "parts",
+    "singles",
+    "tensor_attributes",
+    "tensors_of",
+]

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # seen to work in 2.11, 2.13 and 2.15
 
 from moe_rewrite.errors import MoeRewriteError
+from moe_rewrite.tree import is_module
 
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 """What every module has in its ``__dict__`` besides attributes of its own."""
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Hooks that run when the module is called. Those of ``state_dict`` are none of our business."""
-
-REGISTERS = ("_parameters", "_buffers", "_modules")
 
 _SCALARS = (int, float, complex, bool, str, bytes, type(None))
 _CONTAINERS = (list, tuple, dict, set, frozenset)
@@ -73,6 +72,15 @@ def anatomies(experts: Sequence[nn.Module]) -> list[Anatomy]:
     return found
 
 
+def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of an expert, by their path from it: as they are registered, whatever its class has.
+
+    Raises:
+        NotAlike: they are none that could be packed.
+    """
+    return _dissect(expert, "the expert").tensors
+
+
 def join(*path: str) -> str:
     return ".".join(part for part in path if part)
 
@@ -115,6 +123,9 @@ def parts(expert: nn.Module) -> Iterator[tuple[str, Any]]:
     """
     waiting, seen = [("", expert)], {id(expert)}
     for path, module in waiting:  # grows on the way
+        if not is_module(module):  # not initialised yet: it has only what is in its `__dict__`
+            yield path, module
+            continue
         tensors = [*module._parameters.items(), *module._buffers.items()]
         there = [(join(path, name), tensor) for name, tensor in tensors if tensor is not None]
         for place, owner in ((path, module), *there):
@@ -171,7 +182,7 @@ def _short(value: Any) -> str:
 
 
 def _dissect(expert: nn.Module, place: str) -> Anatomy:
-    if not isinstance(expert, nn.Module):
+    if not issubclass(type(expert), nn.Module):
         raise NotAlike(f"{place} is no module but a {type(expert).__name__}")
     modules, paths = [expert], [""]
     children: list[tuple[tuple[str, int | None], ...]] = []
@@ -199,6 +210,8 @@ def _dissect(expert: nn.Module, place: str) -> Anatomy:
 def _check_module(module: nn.Module, place: str) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise NotAlike(f"{place} is a ScriptModule")
+    if not is_module(module):
+        raise NotAlike(f"{place} is not initialised: nn.Module.__init__ has not run")
     if nn.utils.parametrize.is_parametrized(module):
         raise NotAlike(f"{place} has parametrizations")
     for hooks in CALL_HOOKS:

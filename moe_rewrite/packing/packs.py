@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from moe_rewrite.packing.alike import (
     NotAlike,
     anatomies,
     copied,
+    difference,
     is_unreal,
     join,
     tensor_attributes,
 )
-from moe_rewrite.packing.structure import Structure, TableSpec
+from moe_rewrite.packing.structure import Structure, TableSpec, same_attributes
 from moe_rewrite.packing.table import Table, check_memory, let_go_of, ordinary_tensors
 from moe_rewrite.packing.watch import ModulesWatch, TensorsWatch
 
@@ -42,6 +43,9 @@ _MOST_PACKS = 8
 """How many packs of one list of experts are remembered. As many as Dynamo compiles a function by default."""
 
 _lock = threading.RLock()
+
+ABSENT = object()
+"""Stands for an attribute that is not there."""
 
 
 def pack(modules: Sequence[nn.Module], *, copy: bool = True) -> Pack:
@@ -63,7 +67,7 @@ def pack(modules: Sequence[nn.Module], *, copy: bool = True) -> Pack:
     with _lock:
         if experts and isinstance(experts[0], nn.Module):
             for before in reversed(_packs.get(experts[0], [])):
-                if before.copy == copy and before.unchanged(experts):
+                if before.copy == copy and before.unchanged(experts) and before.has_same_attributes():
                     return before
         made = Pack(anatomies(experts), copy)
         others = [before for before in _packs.get(experts[0], []) if not before.released]
@@ -204,6 +208,23 @@ class Pack:
                 return False
         self._give_up()
         return False
+
+    def has_same_attributes(self) -> bool:
+        """What was set on each tensor of the experts is what is set on that of the template."""
+        template = self.structure.template.tensors
+        return all(same_attributes(t, template[name]) for name, table in self._tables.items() for t in table.members)
+
+    def has_attributes(self, asked: Mapping[tuple[str, str], Any]) -> bool:
+        """Whether each expert's own tensor has some attributes.
+
+        Args:
+            asked: the value of an attribute, or :data:`ABSENT`, by the path of the tensor and the attribute's name.
+        """
+        return all(
+            difference(vars(member).get(attribute, ABSENT), value) is None
+            for (name, attribute), value in asked.items()
+            for member in self.members(name)
+        )
 
     @property
     def is_in_place(self) -> bool:

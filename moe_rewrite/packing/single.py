@@ -8,9 +8,6 @@ from collections.abc import MutableMapping, Sequence
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary  # seen to work in 2.11, 2.13 and 2.15
 
-REGISTERS = ("_parameters", "_buffers", "_modules")
-"""Where a module looks for an attribute, in this order."""
-
 TENSOR = "tensor"
 """What the tensor of an :class:`OneTensor` is called."""
 

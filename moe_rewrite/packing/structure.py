@@ -80,10 +80,11 @@ class Structure:
             compare_modules(mine, theirs, "this")
         except NotAlike:
             return False
-        return all(_same_attributes(tensor, theirs.tensors[name]) for name, tensor in mine.tensors.items())
+        return all(same_attributes(tensor, theirs.tensors[name]) for name, tensor in mine.tensors.items())
 
 
-def _same_attributes(mine: Tensor, theirs: Tensor) -> bool:
+def same_attributes(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether the same was set on two tensors."""
     own: dict[str, Any] = tensor_attributes(mine)
     others = tensor_attributes(theirs)
     return own.keys() == others.keys() and all(difference(own[name], others[name]) is None for name in own)

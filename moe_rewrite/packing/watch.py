@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_rewrite.packing.alike import CALL_HOOKS, REGISTERS, Anatomy, attributes, copied, difference, is_container
+from moe_rewrite.packing.alike import CALL_HOOKS, Anatomy, attributes, copied, difference, is_container
+from moe_rewrite.tree import REGISTERS
 
 _flat = itertools.chain.from_iterable
 
